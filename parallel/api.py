@@ -1,0 +1,106 @@
+"""The training step that is the same on 1 and on N ranks: `value_and_grad`.
+
+Losses and gradients are summed locally over micro-batches, summed over the data-parallel ranks, and divided
+once by the number of target tokens of all of them. So the result does not depend on how a batch is cut into
+ranks and micro-batches, also when they hold different numbers of target tokens.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map
+
+from parallel.wrapper import parallel_state
+
+Batch = dict[str, mx.array]
+LossFn = Callable[[nn.Module, Batch], tuple[mx.array, mx.array]]
+Step = Callable[[Sequence[Batch]], tuple[mx.array, Any, mx.array]]
+
+
+def value_and_grad(model: nn.Module, loss_fn: LossFn) -> Step:
+    """Build `step(micro_batches) -> (loss, grads, num_tokens)` for a plain or wrapped model.
+
+    Args:
+        model: an `nn.Module`, or one wrapped by this package's wrappers.
+        loss_fn: `loss_fn(model, batch) -> (loss_sum, num_tokens)`: the SUM of the token losses of one
+            micro-batch (float32 scalar) and how many tokens it is a sum over.
+
+    Returns:
+        `step`: takes this rank's micro-batches, each `{"tokens": (B, L) int32, "mask": (B, L) bool,
+        "segments": (B, L) int32}`, and returns the mean loss over all target tokens of all ranks and
+        micro-batches (float32 scalar), the gradients of that mean (the tree of
+        `model.trainable_parameters()`) and the token count. All three are lazy with one micro-batch; with
+        more, each micro-batch is evaluated before the next so that only one holds activations.
+    """
+    state = parallel_state(model)
+    local_step = state.runner(loss_fn) if state.runner else _accumulate(model, loss_fn)
+
+    def step(micro_batches: Sequence[Batch]) -> tuple[mx.array, Any, mx.array]:
+        loss, num_tokens, grads = local_step(micro_batches)
+        for reduce in state.reducers:
+            grads = reduce(grads)
+        for group in state.loss_groups:
+            loss, num_tokens = group.all_sum(loss), group.all_sum(num_tokens)
+        # A batch without any target token has zero gradients, not NaN.
+        divisor = mx.maximum(num_tokens, 1).astype(mx.float32)
+        grads = tree_map(lambda g: g / divisor.astype(g.dtype), grads)
+        return loss / divisor, grads, num_tokens
+
+    return step
+
+
+def _accumulate(model: nn.Module, loss_fn: LossFn) -> Callable:
+    """Forward and backward of each micro-batch in turn; returns sums (loss, num_tokens, grads)."""
+    loss_and_grad = nn.value_and_grad(model, loss_fn)
+
+    def run(micro_batches: Sequence[Batch]) -> tuple[mx.array, mx.array, Any]:
+        total = None
+        for batch in micro_batches:
+            (loss, num_tokens), grads = loss_and_grad(model, batch)
+            current = [loss, num_tokens, grads]
+            if len(micro_batches) > 1:
+                current = _add(total, current) if total else tree_map(_widen, current)
+                mx.eval(current)
+            total = current
+        assert total is not None, "step() needs at least one micro-batch"
+        return tuple(total)
+
+    return run
+
+
+def _widen(x: mx.array) -> mx.array:
+    return x.astype(mx.float32) if mx.issubdtype(x.dtype, mx.floating) else x
+
+
+def _add(total: list, current: list) -> list:
+    return tree_map(lambda a, b: a + b.astype(a.dtype), total, current)
+
+
+def evaluate(model: nn.Module, loss_fn: LossFn) -> Callable[[Iterable[Batch]], tuple[float, int]]:
+    """Build `run(batches) -> (loss, num_tokens)`: the mean loss over the batches of all ranks, without gradients.
+
+    Args:
+        model: as for `value_and_grad`.
+        loss_fn: as for `value_and_grad`.
+
+    Returns:
+        `run`: takes this rank's batches (equally many on every rank) and returns the mean over all target
+        tokens of all ranks, and their number.
+    """
+    state = parallel_state(model)
+    forward = partial(state.forward, loss_fn) if state.forward else loss_fn
+
+    def run(batches: Iterable[Batch]) -> tuple[float, int]:
+        loss, num_tokens = mx.array(0.0), mx.array(0)
+        for batch in batches:
+            batch_loss, batch_tokens = forward(model, batch)
+            loss, num_tokens = loss + batch_loss, num_tokens + batch_tokens
+            mx.eval(loss, num_tokens)
+        for group in state.loss_groups:
+            loss, num_tokens = group.all_sum(loss), group.all_sum(num_tokens)
+        return loss.item() / max(1, num_tokens.item()), num_tokens.item()
+
+    return run

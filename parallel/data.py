@@ -1,0 +1,42 @@
+"""DataParallel: every rank holds the whole model and computes its share of the batch.
+
+Gradients are summed over the ranks by `parallel.value_and_grad`, which divides once by the token count of
+all ranks; `nn.value_and_grad` on a wrapped model gives this rank's gradients only.
+"""
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map
+
+import comm
+from parallel.wrapper import Wrapper
+
+
+class DataParallel(Wrapper):
+    """Replicate `module` over `group`: `parallel.value_and_grad` sums gradients over its ranks.
+
+    Trainable parameters are overwritten with rank 0's when the wrapper is built, so wrap after LoRA layers
+    are in place. Frozen parameters are taken to be equal already (every rank loads the same files).
+
+    Args:
+        module: the model; the same object is returned.
+        group: ranks that share the batch. Default: the world of `comm.init()`.
+        bucket_bytes: size of one fused message. Default: chosen by `comm.GradientFusion`.
+        wire_dtype: dtype of gradients on the wire; `None` sends them as they are. Default: float32.
+
+    Source: Li et al., PyTorch Distributed (arXiv 2006.15704).
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        group: comm.Group | None = None,
+        *,
+        bucket_bytes: int | None = None,
+        wire_dtype: mx.Dtype | None = mx.float32,
+    ):
+        group = self.join("dp_replicate", group)
+        state = self.parallel_state
+        self.update(tree_map(group.broadcast, self.trainable_parameters()))
+        state.loss_groups.append(group)
+        state.reducers.append(comm.GradientFusion(group, bucket_bytes=bucket_bytes, wire_dtype=wire_dtype).all_sum)

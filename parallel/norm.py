@@ -1,0 +1,56 @@
+"""Global gradient norm and clipping over any mesh.
+
+A gradient that is split over a group contributes its pieces from every rank of that group; a replicated one
+is counted once. The split is read from the `ParameterLayout` that the wrappers left on the model.
+"""
+
+from collections import defaultdict
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map
+
+from parallel.wrapper import parallel_state
+
+
+def global_norm(grads: Any, model: nn.Module) -> mx.array:
+    """The L2 norm of the gradients of the whole (unsharded) model, a float32 scalar, equal on all ranks.
+
+    Args:
+        grads: gradient tree of `model.trainable_parameters()`, already reduced over data-parallel ranks.
+        model: the (wrapped) model; its parameter layout says what is split over which groups.
+    """
+    state = parallel_state(model)
+    squares: dict[tuple, mx.array] = defaultdict(lambda: mx.array(0.0, dtype=mx.float32))
+    for name, grad in tree_flatten(grads):
+        layout = state.layout.get(name)
+        axes, copies = layout.norm_axes() if layout is not None else ((), 1)
+        if "pp" in state.groups:
+            axes = (*axes, "pp")
+        squares[axes] = squares[axes] + grad.astype(mx.float32).square().sum() / copies
+    total = mx.array(0.0, dtype=mx.float32)
+    for axes in sorted(squares):
+        part = squares[axes]
+        for axis in axes:
+            part = state.groups[axis].all_sum(part)
+        total = total + part
+    return mx.sqrt(total)
+
+
+def clip_grad_norm(grads: Any, max_norm: float | None, model: nn.Module) -> tuple[Any, mx.array]:
+    """Scale `grads` so that their global norm is at most `max_norm`.
+
+    Args:
+        grads: as for `global_norm`.
+        max_norm: largest norm allowed; `None` measures without clipping.
+        model: the (wrapped) model.
+
+    Returns:
+        The clipped tree and the norm before clipping (float32 scalar), as `torch.nn.utils.clip_grad_norm_`.
+    """
+    norm = global_norm(grads, model)
+    if max_norm is None:
+        return grads, norm
+    scale = mx.minimum(max_norm / (norm + 1e-6), 1.0)
+    return tree_map(lambda g: g * scale.astype(g.dtype), grads), norm

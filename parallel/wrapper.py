@@ -1,0 +1,87 @@
+"""How a wrapper takes hold of a module: the same object comes back, its class extended.
+
+`DataParallel(model)` returns `model` itself, now an instance of both `DataParallel` and its own class, as
+PyTorch's `fully_shard` does. Parameter names, flags, attributes and `isinstance` stay as they were, and
+`update`, `freeze` or `train` reach what they always reached. What the wrappers around one module have to
+know of each other lives in one `ParallelState` on the module.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.nn as nn
+
+import comm
+
+
+@dataclass
+class ParallelState:
+    """What the wrappers around one module agreed on.
+
+    Attributes:
+        groups: mesh axis name ("dp_replicate", "dp_shard", "pp", "tp") to the group of that axis.
+        layout: parameter name to how it is split (see `parallel.layout`); absent names are whole.
+        reducers: functions that sum a gradient tree over the data-parallel ranks, applied in order.
+        loss_groups: groups over which loss sums and token counts are summed.
+        runner: `runner(loss_fn) -> run(micro_batches) -> (loss_sum, num_tokens, grads)` in place of the plain
+            forward and backward of the micro-batches (pipeline), or None.
+        forward: `forward(loss_fn, model, batch) -> (loss_sum, num_tokens)` in place of `loss_fn`, or None.
+    """
+
+    groups: dict[str, comm.Group] = field(default_factory=dict)
+    layout: dict[str, Any] = field(default_factory=dict)
+    reducers: list[Callable[[Any], Any]] = field(default_factory=list)
+    loss_groups: list[comm.Group] = field(default_factory=list)
+    runner: Callable | None = None
+    forward: Callable | None = None
+
+
+class Wrapper:
+    """Base of the wrappers: `__new__` extends the module's class, the wrapper's `__init__` then runs on it.
+
+    A wrapper's `__init__` must not call `super().__init__`: around another wrapper that is the inner
+    wrapper's, which has run already.
+
+    Args:
+        module: the module to wrap; it is returned, not copied.
+        group: ranks that take part. Default: the world of `comm.init()`.
+
+    Raises:
+        TypeError: `module` is not an `mlx.nn.Module`.
+        ValueError: the module already has this wrapper.
+    """
+
+    def __new__(cls, module: nn.Module, group: comm.Group | None = None, **options: Any) -> "Wrapper":
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"{cls.__name__} wraps an mlx.nn.Module, got {type(module).__name__}.")
+        if isinstance(module, cls):
+            raise ValueError(f"This {type(module).__name__} is already wrapped in {cls.__name__}.")
+        base = type(module)
+        module.__class__ = type(f"{cls.__name__}{base.__name__}", (cls, base), {"__module__": base.__module__})
+        return module
+
+    def join(self, axis: str, group: comm.Group | None) -> comm.Group:
+        """Record `group` (None = the world) as the module's group of the mesh axis `axis`, and return it."""
+        if not hasattr(self, "parallel_state"):
+            self.parallel_state = ParallelState()
+        group = comm.init() if group is None else group
+        self.parallel_state.groups[axis] = group
+        return group
+
+
+def parallel_state(model: nn.Module) -> ParallelState:
+    """The state that the wrappers left on `model`; an empty one for a plain module."""
+    return getattr(model, "parallel_state", None) or ParallelState()
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Take every wrapper off `model`: its class is the original one again, its parameters stay as they are.
+
+    Weights that a wrapper split (TensorParallel, FullyShardedDataParallel) stay split.
+    """
+    while isinstance(model, Wrapper):
+        model.__class__ = type(model).__bases__[1]
+    if hasattr(model, "parallel_state"):
+        del model.parallel_state
+    return model
