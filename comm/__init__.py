@@ -1,0 +1,49 @@
+"""Groups, meshes and collectives that behave alike on every MLX backend.
+
+Names are loaded on first use, so `import comm` and `python -m comm --help` cost nothing.
+MLX does the communication; this package adds what each backend lacks, gradients, fused
+reduction, a watchdog and a launcher.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "CAPABILITIES": "capabilities",
+    "Capabilities": "capabilities",
+    "Group": "group",
+    "init": "backend",
+    "leave": "backend",
+    "solo": "group",
+    "all_gather_object": "objects",
+    "broadcast_object": "objects",
+    "copy_to_group": "autograd",
+    "gather_from_shards": "autograd",
+    "gather_over_group": "autograd",
+    "recv_forward": "autograd",
+    "reduce_scatter_over_group": "autograd",
+    "scatter_over_group": "autograd",
+    "send_forward": "autograd",
+    "sum_over_group": "autograd",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'comm' has no attribute {name!r}")
+    try:
+        module = import_module(f"comm.{_HOME[name]}")
+    except ImportError as error:
+        if "mlx" not in str(error):
+            raise
+        raise ImportError(
+            "comm needs an MLX backend: pip install -e '.[cpu]' on Linux, "
+            "'.[cuda12]' or '.[cuda13]' with an NVIDIA GPU, or `mlx` itself on a Mac."
+        ) from None
+    return getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,305 @@
+"""`Group`: the collectives of `mx.distributed`, alike on every backend.
+
+A group owns one stream and issues everything on it, from one Python thread. Results are lazy:
+every rank must evaluate the same operations in the same order. What a backend lacks is built
+from what it has (see `capabilities.py`). With one rank every collective is the identity.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+
+from comm.capabilities import CAPABILITIES, Capabilities
+from comm.progress import Progress
+
+SOLO = Capabilities("none", True, True, "none", "cpu")
+
+
+class Group:
+    """Ranks that communicate.
+
+    Args:
+        native: MLX's group, or None for a group of one rank.
+        backend: Name of the backend that carries it.
+        members: World rank of each rank of this group. Default: 0 .. size-1.
+        capabilities: The backend's row. Default: the one in the table.
+        engine: What offers MLX's collectives. Default: `mx.distributed`.
+        stream: Stream of all operations. Default: a new one on the backend's device.
+        splitter: Makes sub-groups where MLX cannot: `splitter(group, color, key) -> Group`.
+        progress: Where operations are recorded. Default: a new record.
+    """
+
+    def __init__(
+        self,
+        native: mx.distributed.Group | None,
+        backend: str,
+        *,
+        members: tuple[int, ...] | None = None,
+        capabilities: Capabilities | None = None,
+        engine: Any = mx.distributed,
+        stream: mx.Stream | None = None,
+        splitter: "Callable[[Group, int, int], Group] | None" = None,
+        progress: Progress | None = None,
+    ):
+        self._native = native
+        self._backend = backend
+        self._rank = native.rank() if native is not None else 0
+        self._size = native.size() if native is not None else 1
+        self.capabilities = capabilities or CAPABILITIES.get(backend, SOLO)
+        self.members = members or tuple(range(self._size))
+        self.progress = progress or Progress()
+        self._engine = engine
+        self._stream = stream
+        self._splitter = splitter
+        self._debug = os.environ.get("COMM_DEBUG") == "1"
+
+    @property
+    def rank(self) -> int:
+        """This process's number in the group."""
+        return self._rank
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return self._size
+
+    @property
+    def backend(self) -> str:
+        """Name of the backend; "none" for a group made without one."""
+        return self._backend
+
+    @property
+    def stream(self) -> mx.Stream:
+        """The stream that all of this group's operations run on."""
+        if self._stream is None:
+            self._stream = mx.new_stream(mx.Device(getattr(mx, self.capabilities.device), 0))
+        return self._stream
+
+    def __repr__(self) -> str:
+        return f"Group(rank={self.rank}, size={self.size}, backend={self.backend!r})"
+
+    def all_sum(self, x: mx.array) -> mx.array:
+        """Sum of `x` over the ranks, on every rank; the logical or for bool.
+
+        Backward: the cotangent unchanged (right when all ranks compute the same loss from it;
+        see `sum_over_group` and `copy_to_group`).
+        """
+        return self._reduce("all_sum", x)
+
+    def all_max(self, x: mx.array) -> mx.array:
+        """Largest value over the ranks, element by element.
+
+        Backward: the cotangent goes to the ranks that hold the largest value, in equal parts.
+        """
+        return self._extreme("all_max", x)
+
+    def all_min(self, x: mx.array) -> mx.array:
+        """Smallest value over the ranks, element by element. Backward: as `all_max`."""
+        return self._extreme("all_min", x)
+
+    def all_gather(self, x: mx.array, axis: int = 0) -> mx.array:
+        """The ranks' `x` (equal shapes), concatenated along `axis` in rank order.
+
+        Scalars give a vector. Backward: this rank's slice of its own cotangent.
+        """
+        if self.size == 1:
+            return x if x.ndim else x[None]
+        axis = _checked_axis(x, axis)
+        self._enter("all_gather", x)
+        rows = x[None] if axis else x
+        gathered = self._engine.all_gather(rows, group=self._native, stream=self.stream)
+        if axis:
+            gathered = mx.concatenate([part[0] for part in mx.split(gathered, self.size)], axis)
+        return self._leave(gathered)
+
+    def reduce_scatter(self, x: mx.array, axis: int = 0) -> mx.array:
+        """This rank's part, along `axis`, of the sum of `x` over the ranks.
+
+        Backward: the ranks' cotangents gathered along `axis`.
+
+        Raises:
+            ValueError: The axis does not divide into equal parts.
+        """
+        if self.size == 1:
+            return x
+        axis = _checked_axis(x, axis)
+        if x.ndim == 0 or x.shape[axis] % self.size:
+            raise ValueError(
+                f"reduce_scatter of shape {x.shape} along axis {axis}: "
+                f"axis {axis} must be divisible by {self.size}."
+            )
+
+        @mx.custom_function
+        def scatter(x):
+            return self._reduce_scatter(x, axis)
+
+        @scatter.vjp
+        def scatter_vjp(x, cotangent, output):
+            return self.all_gather(cotangent, axis)
+
+        return scatter(x)
+
+    def broadcast(self, x: mx.array, root: int = 0) -> mx.array:
+        """The root's `x` on every rank, bit by bit; the others give the shape and dtype.
+
+        Backward: none (the gradient is zero).
+        """
+        self._checked_rank(root, "root")
+        if self.size == 1 or x.size == 0:
+            return x
+        # Summed as unsigned integers: exact for NaN payloads, -0.0 and bool alike.
+        flat = mx.stop_gradient(x).reshape(-1)
+        bits = flat.view(mx.uint8 if x.nbytes % 4 else mx.uint32)
+        if self.rank != root:
+            bits = mx.zeros_like(bits)
+        self._enter("broadcast", x)
+        total = self._engine.all_sum(bits, group=self._native, stream=self.stream)
+        return self._leave(total.view(x.dtype).reshape(x.shape))
+
+    def send(self, x: mx.array, dst: int) -> mx.array:
+        """Sends `x` to rank `dst`. Evaluate the result: an unused send never leaves.
+
+        Backward: none; see `send_forward`.
+
+        Raises:
+            ValueError: The backend cannot reach `dst` from here.
+        """
+        self._reachable(dst, "send to")
+        self.progress.record(f"send to {dst}", x.shape, x.dtype)
+        return self._engine.send(x, dst, group=self._native, stream=self.stream)
+
+    def recv(self, shape: tuple[int, ...], dtype: mx.Dtype, src: int) -> mx.array:
+        """The array that rank `src` sends; shape and dtype must be the sender's.
+
+        Backward: none; see `recv_forward`.
+
+        Raises:
+            ValueError: The backend cannot reach `src` from here.
+        """
+        self._reachable(src, "receive from")
+        self.progress.record(f"recv from {src}", shape, dtype)
+        return self._engine.recv(shape, dtype, src, group=self._native, stream=self.stream)
+
+    def recv_like(self, x: mx.array, src: int) -> mx.array:
+        """`recv` with the shape and dtype of `x`."""
+        return self.recv(x.shape, x.dtype, src)
+
+    def barrier(self) -> None:
+        """Returns once every rank is here."""
+        if self.size > 1:
+            mx.eval(self.all_sum(mx.zeros((1,))))
+            self.progress.record("barrier passed", (), None)
+
+    def split(self, color: int, key: int = -1) -> "Group":
+        """The group of the ranks that pass the same `color`, ordered by `key`, then by rank.
+
+        A collective: every rank of this group must call it.
+
+        Args:
+            color: Which of the new groups this rank joins; 0 or more.
+            key: Order within it. Default: this group's order.
+        """
+        if color < 0:
+            raise ValueError(f"color is {color}; it must be 0 or more.")
+        if self.size == 1:
+            return self
+        if self._splitter is None and not self.capabilities.split:
+            raise ValueError(f"This {self.backend} group was made without a way to split it.")
+        if self._splitter is not None:
+            return self._splitter(self, color, key)
+        return self._native_split(color, key)
+
+    def _native_split(self, color: int, key: int) -> "Group":
+        order = key if key >= 0 else self.rank
+        row = mx.array([color, order, self.members[self.rank]], dtype=mx.int32)
+        rows = self.all_gather(row[None]).tolist()
+        same = sorted((k, rank) for rank, (c, k, _) in enumerate(rows) if c == color)
+        members = tuple(rows[rank][2] for _, rank in same)
+        native = self._native.split(color, order)
+        if native.size() == 1:
+            return Group(None, self.backend, members=members, progress=self.progress)
+        return Group(
+            native,
+            self.backend,
+            members=members,
+            capabilities=self.capabilities,
+            engine=self._engine,
+            stream=self.stream if self.capabilities.shared_stream else None,
+            progress=self.progress,
+        )
+
+    def _reduce(self, operation: str, x: mx.array) -> mx.array:
+        if self.size == 1 or x.size == 0:
+            return x
+        self._enter(operation, x)
+        carried = self.capabilities.widen.get(str(x.dtype).split(".")[-1])
+        wire = x.astype(getattr(mx, carried)) if carried else x
+        call = getattr(self._engine, operation)
+        total = call(wire, group=self._native, stream=self.stream)
+        if x.dtype == mx.bool_:
+            total = total != 0
+        return self._leave(total.astype(x.dtype))
+
+    def _extreme(self, operation: str, x: mx.array) -> mx.array:
+        if self.size == 1 or not mx.issubdtype(x.dtype, mx.floating):
+            return self._reduce(operation, x)
+
+        @mx.custom_function
+        def extreme(x):
+            return self._reduce(operation, x)
+
+        @extreme.vjp
+        def extreme_vjp(x, cotangent, output):
+            holds = (x == output).astype(cotangent.dtype)
+            return cotangent * holds / self.all_sum(holds)
+
+        return extreme(x)
+
+    def _reduce_scatter(self, x: mx.array, axis: int) -> mx.array:
+        if not self.capabilities.reduce_scatter:
+            # Without the copy the slice would keep the whole sum in memory.
+            return mx.contiguous(mx.split(self._reduce("all_sum", x), self.size, axis)[self.rank])
+        self._enter("reduce_scatter", x)
+        rows = mx.moveaxis(x, axis, 0)
+        part = self._engine.sum_scatter(rows, group=self._native, stream=self.stream)
+        return self._leave(mx.moveaxis(part, 0, axis))
+
+    def _enter(self, operation: str, x: mx.array) -> None:
+        if self._debug:
+            self._compare(operation, x)
+        self.progress.record(operation, x.shape, x.dtype)
+
+    def _leave(self, result: mx.array) -> mx.array:
+        return result
+
+    def _checked_rank(self, rank: int, what: str) -> None:
+        if not 0 <= rank < self.size:
+            raise ValueError(f"{what} is {rank}; the group has ranks 0 to {self.size - 1}.")
+
+    def _reachable(self, peer: int, what: str) -> None:
+        self._checked_rank(peer, f"the rank to {what}")
+        reach = self.capabilities.point_to_point
+        near = {(self.rank - 1) % self.size, (self.rank + 1) % self.size}
+        if peer == self.rank:
+            raise ValueError(f"Rank {self.rank} cannot {what} itself.")
+        if reach == "none":
+            raise ValueError(f"{self.backend} cannot {what} a rank; use a ring or MPI group.")
+        if reach == "neighbours" and peer not in near:
+            raise ValueError(
+                f"Rank {self.rank} of {self.size} cannot {what} rank {peer} over {self.backend}: "
+                f"it reaches ranks {sorted(near)} only. Split a group in which they are neighbours."
+            )
+
+
+def solo() -> Group:
+    """A group of one rank, made without starting any backend."""
+    return Group(None, "none")
+
+
+def _checked_axis(x: mx.array, axis: int) -> int:
+    dims = max(x.ndim, 1)
+    if not -dims <= axis < dims:
+        raise ValueError(f"axis is {axis}; an array of shape {x.shape} has axes 0 to {dims - 1}.")
+    return axis % dims
