@@ -1,0 +1,303 @@
+"""Rules between the keys of a recipe, and the arithmetic of batches and meshes.
+
+All are pure functions of the recipe (and of the number of ranks). `check` and `warnings` need no ranks;
+`resolve_mesh` and `resolve_batch` do, and raise a `RecipeError` that names the sizes that work.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from trainer.config import (
+    DataConfig,
+    EvalConfig,
+    LoraConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    Recipe,
+    ScheduleConfig,
+    WandbConfig,
+)
+from trainer.problems import Problem, RecipeError, listing
+
+AXES = ("dp_replicate", "dp_shard", "pp", "tp")
+
+
+@dataclass(frozen=True)
+class MeshSizes:
+    """Ranks along each axis of the mesh."""
+
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    pp: int = 1
+    tp: int = 1
+
+    @property
+    def dp(self) -> int:
+        """Ranks that see different rows."""
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def world(self) -> int:
+        return self.dp * self.pp * self.tp
+
+    def __str__(self) -> str:
+        return " * ".join(f"{axis}({getattr(self, axis)})" for axis in AXES)
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """Rows of one optimizer step: global_size = per_device * dp * accumulation."""
+
+    per_device: int
+    dp: int
+    accumulation: int
+
+    @property
+    def global_size(self) -> int:
+        return self.per_device * self.dp * self.accumulation
+
+
+def resolve_mesh(parallel: ParallelConfig, world: int) -> MeshSizes:
+    """The size of every axis for a number of ranks; -1 takes the ranks that are left.
+
+    Raises:
+        RecipeError: The sizes do not multiply to `world`; the whole equation is shown.
+    """
+    sizes = {axis: getattr(parallel, axis) for axis in AXES}
+    fixed = math.prod(size for size in sizes.values() if size > 0)
+    for axis, size in sizes.items():
+        if size == -1 and world % fixed == 0:
+            sizes[axis] = world // fixed
+    if -1 not in sizes.values() and math.prod(sizes.values()) == world:
+        return MeshSizes(**sizes)
+    equation = " * ".join(f"{axis}({size})" for axis, size in sizes.items())
+    product = f"{equation} = {fixed}" if -1 not in sizes.values() else f"{equation} is a multiple of {fixed}"
+    divisors = listing(str(n) for n in range(1, world + 1) if world % n == 0)
+    wrong = f"{product}, but the world has {world} rank{'s' if world != 1 else ''}"
+    raise RecipeError(
+        [Problem("", None, f"parallel: {wrong}", f"sizes that multiply to {world}; each of them {divisors}")]
+    )
+
+
+def resolve_batch(recipe: Recipe, dp: int) -> BatchSizes:
+    """Batch and accumulation for `dp` data-parallel ranks.
+
+    With `global_batch_size` the accumulation follows, without it the global batch does.
+
+    Raises:
+        RecipeError: The global batch cannot be divided; the sizes that work are named.
+    """
+    per_device, wanted = recipe.batch_size_per_device, recipe.global_batch_size
+    if wanted is None:
+        return BatchSizes(per_device, dp, recipe.grad_accumulation_steps)
+    unit = per_device * dp
+    if wanted % unit == 0:
+        return BatchSizes(per_device, dp, wanted // unit)
+    around = sorted({max(unit, wanted // unit * unit), (wanted // unit + 1) * unit})
+    allowed = f"{listing(map(str, around))} (multiples of {unit})"
+    if wanted % dp == 0:
+        rows = wanted // dp
+        fitting = listing(str(n) for n in range(1, rows + 1) if rows % n == 0)
+        allowed += f", or batch_size_per_device {fitting}"
+    ranks = f"{dp} data-parallel rank{'s' if dp != 1 else ''}"
+    wrong = f"not divisible by batch_size_per_device({per_device}) * {ranks} = {unit}"
+    raise RecipeError([Problem("global_batch_size", wanted, wrong, allowed)])
+
+
+def check(recipe: Recipe) -> list[Problem]:
+    """Combinations that cannot run, whatever the number of ranks."""
+    return [*_check_model(recipe), *_check_data(recipe), *_check_sizes(recipe), *_check_not_proven(recipe)]
+
+
+def _check_model(recipe: Recipe) -> Iterator[Problem]:
+    model = recipe.model
+    if (model.path is None) == (model.config is None):
+        wrong = "no model is given" if model.path is None else "two models are given"
+        yield Problem(
+            "model.path",
+            model.path,
+            wrong,
+            "either model.path, or model.config with model.tokenizer",
+            about=("model", "model.config"),
+        )
+    if model.config is not None and model.tokenizer is None:
+        yield Problem(
+            "model.tokenizer",
+            None,
+            "a random start needs a tokenizer",
+            "a tokenizer's folder or repository, or bpe:SIZE",
+            about=("model", "model.config"),
+        )
+    if model.path is not None and (model.tokenizer or "").startswith("bpe:"):
+        yield Problem(
+            "model.tokenizer",
+            model.tokenizer,
+            "model.path brings its own tokenizer",
+            "null",
+            about=("model", "model.path"),
+        )
+    elif (model.tokenizer or "").startswith("bpe:") and not model.tokenizer[4:].isdigit():
+        yield Problem("model.tokenizer", model.tokenizer, "no vocabulary size", "bpe:SIZE, such as bpe:1024")
+    if model.quantize is not None and recipe.method == "full":
+        yield Problem(
+            "model.quantize",
+            asdict(model.quantize),
+            "quantized weights cannot be trained with method: full",
+            "null, or method: lora or dora",
+            about=("model", "method"),
+        )
+
+
+def _check_data(recipe: Recipe) -> Iterator[Problem]:
+    data = recipe.data
+    if not data.train:
+        yield Problem(
+            "data.train",
+            data.train,
+            "no training rows are given",
+            "a Hugging Face repository, folder, file or synthetic:NAME",
+            about=("data",),
+        )
+    for key in ("train", "valid"):
+        sources = getattr(data, key)
+        for index, source in enumerate(sources if isinstance(sources, list) else []):
+            if not source.path:
+                yield Problem(
+                    f"data.{key}[{index}].path",
+                    source.path,
+                    "no rows are given",
+                    "a repository, folder or file",
+                    about=(f"data.{key}",),
+                )
+    if data.format == "text" and data.loss_on in ("completion", "assistant"):
+        yield Problem(
+            "data.loss_on", data.loss_on, "text rows have no such part", "auto or all", about=("data.format",)
+        )
+
+
+def _check_sizes(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.global_batch_size is not None and recipe.grad_accumulation_steps != 1:
+        yield Problem(
+            "grad_accumulation_steps",
+            recipe.grad_accumulation_steps,
+            f"follows from global_batch_size({recipe.global_batch_size})",
+            "1, or leave global_batch_size out",
+            about=("global_batch_size",),
+        )
+    if len(recipe.optimizer.betas) != 2:
+        yield Problem(
+            "optimizer.betas",
+            recipe.optimizer.betas,
+            f"has {len(recipe.optimizer.betas)} numbers",
+            "two, such as [0.9, 0.999]",
+        )
+    sizes = {axis: getattr(recipe.parallel, axis) for axis in AXES}
+    open_axes = [axis for axis, size in sizes.items() if size == -1]
+    for axis in [axis for axis, size in sizes.items() if size == 0]:
+        yield Problem(f"parallel.{axis}", 0, "not allowed", "-1 or a whole number >= 1")
+    if len(open_axes) > 1:
+        yield Problem(
+            f"parallel.{open_axes[-1]}",
+            -1,
+            f"{' and '.join(open_axes)} cannot all be the ranks that are left",
+            "-1 for one axis",
+        )
+    split = recipe.parallel.split
+    if isinstance(split, list) and sizes["pp"] > 0 and len(split) != sizes["pp"]:
+        yield Problem(
+            "parallel.split",
+            split,
+            f"names {len(split)} stages, but pp is {sizes['pp']}",
+            f"{sizes['pp']} counts",
+            about=("parallel.pp",),
+        )
+
+
+def _check_not_proven(recipe: Recipe) -> Iterator[Problem]:
+    """The one place that refuses what is not proven exact yet."""
+    if recipe.data.packing is True:
+        yield Problem(
+            "data.packing", True, "packing is not proven exact for any architecture yet", "auto or false"
+        )
+
+
+def warnings(recipe: Recipe) -> list[str]:
+    """Settings that have no effect in this recipe, one sentence each."""
+    return [f"{path} = {value} has no effect {why}" for path, value, why in _without_effect(recipe)]
+
+
+def _without_effect(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
+    if recipe.max_steps is not None:
+        yield from _changed("", recipe, Recipe(), ("epochs",), "because max_steps is set")
+        if recipe.schedule.warmup_steps >= recipe.max_steps:
+            yield (
+                "optimizer.lr",
+                recipe.optimizer.lr,
+                f"at its full height: the warmup is as long as max_steps({recipe.max_steps})",
+            )
+    if recipe.method == "full":
+        names = ("rank", "alpha", "dropout", "targets", "num_layers", "init_from")
+        yield from _changed("lora.", recipe.lora, LoraConfig(), names, "with method: full")
+    elif recipe.lora.init_from:
+        yield from _changed(
+            "lora.",
+            recipe.lora,
+            LoraConfig(),
+            ("rank", "alpha", "targets"),
+            "because lora.init_from decides it",
+        )
+    if recipe.data.valid is not None:
+        yield from _changed(
+            "data.", recipe.data, DataConfig(), ("val_fraction",), "because data.valid is set"
+        )
+    if recipe.eval.generate == 0 and not recipe.eval.exact_match:
+        yield from _changed(
+            "eval.",
+            recipe.eval,
+            EvalConfig(),
+            ("max_new_tokens",),
+            "without eval.generate or eval.exact_match",
+        )
+    if recipe.logging.wandb.project is None:
+        yield from _changed(
+            "logging.wandb.",
+            recipe.logging.wandb,
+            WandbConfig(),
+            ("name", "mode"),
+            "without logging.wandb.project",
+        )
+    if recipe.schedule.name == "constant":
+        yield from _changed(
+            "schedule.", recipe.schedule, ScheduleConfig(), ("min_lr_ratio",), "with schedule.name: constant"
+        )
+    if recipe.parallel.pp == 1:
+        yield from _changed(
+            "parallel.", recipe.parallel, ParallelConfig(), ("schedule", "split"), "with parallel.pp: 1"
+        )
+    ignored = {
+        "adam": ("weight_decay",),
+        "sgd": ("betas", "eps", "bias_correction"),
+        "lion": ("eps", "bias_correction"),
+        "muon": ("betas", "eps", "bias_correction"),
+        "adafactor": ("betas", "eps", "bias_correction"),
+    }.get(recipe.optimizer.name, ())
+    yield from _changed(
+        "optimizer.",
+        recipe.optimizer,
+        OptimizerConfig(),
+        ignored,
+        f"with optimizer.name: {recipe.optimizer.name}",
+    )
+
+
+def _changed(
+    prefix: str, section: Any, defaults: Any, names: tuple[str, ...], why: str
+) -> Iterator[tuple[str, Any, str]]:
+    """The named keys of a section that are not at their default."""
+    for name in names:
+        if getattr(section, name) != getattr(defaults, name):
+            yield f"{prefix}{name}", getattr(section, name), why
