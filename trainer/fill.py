@@ -190,7 +190,7 @@ def _read_scalar(kind: type, value: Any, metadata: Mapping[str, Any]) -> Any:
         return _REFUSED
     try:
         number = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return _REFUSED
     if not math.isfinite(number) or (kind is int and number != int(number)):
         return _REFUSED

@@ -1,0 +1,154 @@
+"""The verbs of the command line: what each is for, its arguments, and the function that does it.
+
+A new verb is one more entry of `VERBS`. The functions are named as text and imported when called, so
+that `--help` needs none of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One verb of `python -m trainer`.
+
+    Args:
+        function: ``module:name`` of a function from the parsed arguments to the exit code.
+        summary: What it does, in one line.
+        example: A command that shows it.
+        add_arguments: Adds its arguments to a parser.
+    """
+
+    function: str
+    summary: str
+    example: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+
+    def parser(self, name: str) -> argparse.ArgumentParser:
+        """The parser of this verb's arguments."""
+        parser = argparse.ArgumentParser(
+            prog=f"python -m trainer {name}",
+            description=self.summary,
+            epilog=f"example: {self.example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        self.add_arguments(parser)
+        parser.add_argument("--traceback", action="store_true", help="on an error, show where it was raised")
+        return parser
+
+    def main(self, arguments: argparse.Namespace) -> int:
+        """Import the verb's function and call it."""
+        module, _, name = self.function.partition(":")
+        return getattr(importlib.import_module(module), name)(arguments)
+
+
+def _recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="the recipe, a YAML file")
+    _overrides(parser)
+
+
+def _overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        help="settings that replace the recipe's, such as optimizer.lr=2e-4",
+    )
+
+
+def _validate(parser: argparse.ArgumentParser) -> None:
+    _recipe(parser)
+    parser.add_argument("--world", metavar="N", type=_count, default=1, help="number of ranks (default: 1)")
+
+
+def _eval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", metavar="RUN", help="a run's output folder, or one of its checkpoints")
+    _overrides(parser)
+    parser.add_argument(
+        "--split", choices=("valid", "train"), default="valid", help="rows to use (default: valid)"
+    )
+
+
+def _generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", metavar="RUN", help="a run's output folder, or one of its checkpoints")
+    _overrides(parser)
+    parser.add_argument(
+        "--prompt", metavar="TEXT", help="answer this; without it, each line typed is answered"
+    )
+    parser.add_argument(
+        "--rows", metavar="N", type=_count, help="answer N held-out rows, the base model's answer beside"
+    )
+    parser.add_argument(
+        "--max-new-tokens", metavar="N", type=_count, help="longest answer (default: the recipe's)"
+    )
+    parser.add_argument(
+        "--temperature", metavar="T", type=float, default=0.0, help="0 = likeliest (default: 0)"
+    )
+
+
+def _ls(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("pattern", metavar="TEXT", nargs="?", default="", help="only names that contain this")
+
+
+def _cp(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", help="a recipe that `ls` names")
+    parser.add_argument(
+        "target", metavar="FILE", nargs="?", default=".", help="file or folder (default: here)"
+    )
+    parser.add_argument("--force", action="store_true", help="write over a file that is there")
+
+
+def _nothing(parser: argparse.ArgumentParser) -> None:
+    """The verb takes no arguments."""
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number >= 1")
+    return number
+
+
+VERBS = {
+    "run": Verb(
+        "trainer.run:main",
+        "Train as the recipe says; goes on where an earlier run stopped.",
+        "python -m trainer run recipes/quickstart.yaml optimizer.lr=2e-4",
+        _recipe,
+    ),
+    "validate": Verb(
+        "trainer.validate:main",
+        "Check a recipe and show what it means, without loading a model.",
+        "python -m trainer validate recipes/qwen-9b-lora.yaml --world 4",
+        _validate,
+    ),
+    "eval": Verb(
+        "trainer.evaluate:main",
+        "Loss and perplexity of a run's result or of a checkpoint.",
+        "python -m trainer eval runs/quickstart --split valid",
+        _eval,
+    ),
+    "generate": Verb(
+        "trainer.generate:main",
+        "Answers of a run's result: to a prompt, for held-out rows, or to each line typed.",
+        "python -m trainer generate runs/quickstart --rows 5",
+        _generate,
+    ),
+    "ls": Verb("trainer.shipped:ls", "List the recipes that come along.", "python -m trainer ls qwen", _ls),
+    "cp": Verb(
+        "trainer.shipped:cp",
+        "Copy a recipe that comes along, to change it.",
+        "python -m trainer cp qwen-9b-lora my-recipe.yaml",
+        _cp,
+    ),
+    "schema": Verb(
+        "trainer.schema:main",
+        "Print the JSON Schema of recipes, with which editors complete and check them.",
+        "python -m trainer schema > recipe.schema.json",
+        _nothing,
+    ),
+}
