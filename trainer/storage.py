@@ -79,22 +79,34 @@ def write_tensors(
     failure: OSError | None = None
     for index, shard in enumerate(shards):
         name = shard_name(stem, index, len(shards))
-        if failure is None:
-            try:
-                records[name] = write_file(folder / name, _safetensors_chunks(shard))
-            except OSError as error:
-                failure = error
-        consume(shard)
+        if failure is not None:
+            _drain(shard)
+            continue
+        try:
+            records[name] = _write_shard(folder / name, shard)
+        except OSError as error:
+            failure = error
     if failure is not None:
         raise failure
     return records
 
 
+def write_tensor_file(path: Path, tensors: NamedTensors) -> FileRecord:
+    """Write one safetensors file, whatever its size; laziness, errors and order as in ``write_tensors``."""
+    return _write_shard(path, deque(tensors))
+
+
+def tensor_sizes(path: Path) -> dict[str, int]:
+    """Tensor name -> bytes, from the header of a safetensors file."""
+    with open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    spans = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
+    return {name: end - start for name, (start, end) in spans.items()}
+
+
 def consume(tensors: NamedTensors) -> None:
     """Evaluate every tensor in order and drop it: what a rank without a disk does while rank 0 writes."""
-    pending = deque(tensors)
-    while pending:
-        mx.eval(pending.popleft()[1])
+    _drain(deque(tensors))
 
 
 def shard_name(stem: str, index: int, num_shards: int) -> str:
@@ -181,6 +193,14 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def sync_files(folder: Path) -> None:
+    """Flush the files directly in ``folder`` that other packages wrote."""
+    for path in folder.iterdir():
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+
+
 def remove(path: Path) -> None:
     """Remove a folder with its content, if it is there."""
     if path.exists():
@@ -209,6 +229,19 @@ def _split(tensors: NamedTensors, max_shard_bytes: int) -> list[deque[tuple[str,
         shards[-1].append((name, tensor))
         shard_bytes += tensor.nbytes
     return shards
+
+
+def _write_shard(path: Path, pending: deque[tuple[str, mx.array]]) -> FileRecord:
+    """Write one file, emptying the queue; on an error too, for the other ranks' sake."""
+    try:
+        return write_file(path, _safetensors_chunks(pending))
+    finally:
+        _drain(pending)
+
+
+def _drain(pending: deque[tuple[str, mx.array]]) -> None:
+    while pending:
+        mx.eval(pending.popleft()[1])
 
 
 def _safetensors_chunks(tensors: deque[tuple[str, mx.array]]) -> Iterator[bytes | memoryview]:

@@ -79,15 +79,15 @@ def test_tensors_are_evaluated_one_at_a_time_in_order(tmp_path: Path) -> None:
         for index in range(16):
             yield f"tensor.{index}", mx.full((big // 4,), index, dtype=mx.float32) * 2
 
-    folder = CheckpointFolder(tmp_path, keep_last=1, max_shard_bytes=3 * big)
+    folder = CheckpointFolder(tmp_path, keep_last=1, max_shard_bytes=8 * big)
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     path = folder.save(1, {"weights": gathers()}, {})
-    assert mx.get_peak_memory() - before <= 4 * big, "16 tensors were held at once"
+    assert mx.get_peak_memory() - before <= 3 * big, "16 tensors were held at once"
     assert path is not None
     shards = [name for name in steps_in(path) if name.endswith(".safetensors")]
-    assert shards == [f"weights-{i:05d}-of-00006.safetensors" for i in range(1, 7)]
+    assert shards == ["weights-00001-of-00002.safetensors", "weights-00002-of-00002.safetensors"]
     found = folder.open(path).tensors("weights")
     assert [found[f"tensor.{i}"][0].item() for i in range(16)] == [2 * i for i in range(16)]
 
