@@ -1,0 +1,25 @@
+"""Rows of text to batches of tokens: sources, formats, target masks, the token cache and the batch plan.
+
+`load_splits` gives tokenised rows, `plan_epoch` the rows of every global batch, `collate` the arrays of one
+micro-batch. Nothing here uses MLX; arrays are numpy's.
+"""
+
+from .bpe import build_tokenizer
+from .collate import collate
+from .plan import PlannedBatch, bucket_lengths, plan_epoch
+from .rows import TokenizedRows
+from .splits import Splits, load_split, load_splits
+from .synthetic import synthetic_rows
+
+__all__ = [
+    "PlannedBatch",
+    "Splits",
+    "TokenizedRows",
+    "bucket_lengths",
+    "build_tokenizer",
+    "collate",
+    "load_split",
+    "load_splits",
+    "plan_epoch",
+    "synthetic_rows",
+]
