@@ -6,6 +6,7 @@ micro-batch. Nothing here uses MLX; arrays are numpy's.
 
 from .bpe import build_tokenizer
 from .collate import collate
+from .corpus import corpus
 from .plan import PlannedBatch, bucket_lengths, plan_epoch
 from .rows import TokenizedRows
 from .splits import Splits, load_split, load_splits
@@ -18,6 +19,7 @@ __all__ = [
     "bucket_lengths",
     "build_tokenizer",
     "collate",
+    "corpus",
     "load_split",
     "load_splits",
     "plan_epoch",

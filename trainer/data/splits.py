@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from .cache import cache_folder, cache_key, cached_store, tokenizer_digest
 from .encode import EncodedRow, encode_documents
 from .formats import BadRow, Document, detect_format, render, resolve_loss_on
 from .plan import random_order
@@ -156,7 +157,17 @@ class _Reader:
         file = open_split(source.path, names, self.seed)
         if file is None:
             return None
-        store = self._tokenise(file, source)
+        key = cache_key(
+            rows=file.digest(),
+            tokenizer=tokenizer_digest(self.tokenizer),
+            format=source.format or self.data.format,
+            columns=dict(source.columns),
+            loss_on=self.data.loss_on,
+            max_seq_len=self.data.max_seq_len,
+            on_bad_row=self.data.on_bad_row,
+        )
+        folder = cache_folder(self.cache_dir)
+        store = cached_store(folder, key, lambda: self._tokenise(file, source), self.notice)
         self._tell(store, file.name)
         return store
 
