@@ -11,7 +11,9 @@ from typing import Any
 _HOME = {
     "CAPABILITIES": "capabilities",
     "Capabilities": "capabilities",
+    "GradientFusion": "fusion",
     "Group": "group",
+    "LinkFit": "link",
     "init": "backend",
     "leave": "backend",
     "solo": "group",
@@ -20,6 +22,7 @@ _HOME = {
     "copy_to_group": "autograd",
     "gather_from_shards": "autograd",
     "gather_over_group": "autograd",
+    "measure_link": "link",
     "recv_forward": "autograd",
     "reduce_scatter_over_group": "autograd",
     "scatter_over_group": "autograd",
