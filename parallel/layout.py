@@ -82,13 +82,14 @@ class Split:
         ranks = mx.split(self.group.all_gather(local, axis=self.dim), self.group.size, axis=self.dim)
         if len(self.segments) == 1:
             return mx.concatenate(ranks[:: self.segments[0].copies], axis=self.dim)
-        bounds = _bounds(self.piece_sizes)
-        pieces = [
-            _range(ranks[rank], self.dim, first, last)
-            for segment, (first, last) in zip(self.segments, bounds)
-            for rank in range(0, self.group.size, segment.copies)
-        ]
+        by_rank = [self.pieces(rank) for rank in ranks]
+        pieces = [p[i] for i, s in enumerate(self.segments) for p in by_rank[:: s.copies]]
         return mx.concatenate(pieces, axis=self.dim)
+
+    def pieces(self, local: mx.array) -> list[mx.array]:
+        """The pieces of the segments in this rank's slice."""
+        bounds = _bounds(self.piece_sizes)
+        return [_range(local, self.dim, first, last) for first, last in bounds]
 
     def shares(self) -> mx.array:
         """`(local_size,)` float32: 1 / (ranks that hold it) for each index of the local slice."""
