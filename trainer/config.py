@@ -347,8 +347,6 @@ class Recipe:
     limits: LimitsConfig = setting(LimitsConfig, "Bounds that protect the machine and the run.")
     profile: ProfileConfig | None = setting(None, "Trace some steps: {start: 10, steps: 3}.")
     output_dir: str = setting(
-        "runs/{recipe}",
-        "Folder of the run's files; {recipe} is the recipe file's name.",
-        words=("runs/{recipe}",),
+        "runs/{recipe}", "Folder of the run's files; {recipe} stands for the recipe file's name."
     )
     seed: int = setting(0, "Decides initial values, order of rows and dropout.", minimum=0)

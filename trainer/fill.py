@@ -93,16 +93,15 @@ def _describe_scalar(kind: Any, metadata: Mapping[str, Any], plural: bool) -> st
 
 
 def _nearest_key(at: str, siblings: Mapping[str, Any], path: str, root: type) -> str:
-    """The key that other trainers call so, else the sibling most like it, else a key like it anywhere."""
+    """The key that other trainers call so, else a sibling much like it, else the key most like it anywhere."""
     name = at.rpartition(".")[2]
-    by_name: dict[str, str] = {}
+    by_name = {sibling: f"{path}.{sibling}" if path else sibling for sibling in siblings}
     for known, field in walk(root):
         if name in field.metadata["also"]:
             return known
         by_name.setdefault(field.name, known)
-    if sibling := nearest(name, siblings):
-        return f"{path}.{sibling}" if path else sibling
-    return by_name.get(nearest(name, by_name), "")
+    close = nearest(name, siblings, cutoff=0.8) or nearest(name, by_name)
+    return by_name.get(close, "")
 
 
 def _read(
@@ -146,7 +145,7 @@ def _read_union(
     """The first option that takes the value; a mapping or list is only held against options of that shape."""
     if value is None and type(None) in options:
         return None
-    shaped = [option for option in options if _same_shape(option, value)]
+    shaped = [option for option in options if option is not type(None) and _same_shape(option, value)]
     if len(shaped) == 1 and isinstance(value, (Mapping, list)):
         return _read(shaped[0], value, path, metadata, problems, root)
     words = list(metadata.get("words", ()))

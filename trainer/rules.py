@@ -282,7 +282,6 @@ def _without_effect(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
         "adam": ("weight_decay",),
         "sgd": ("betas", "eps", "bias_correction"),
         "lion": ("eps", "bias_correction"),
-        "muon": ("betas", "eps", "bias_correction"),
         "adafactor": ("betas", "eps", "bias_correction"),
     }.get(recipe.optimizer.name, ())
     yield from _changed(

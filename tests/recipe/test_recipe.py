@@ -1,0 +1,224 @@
+"""Recipes are read strictly, and everything wrong with one is said at once."""
+
+from pathlib import Path
+
+import pytest
+
+from trainer.config import Recipe
+from trainer.fill import walk
+from trainer.recipe import RecipeError, load_recipe, recipe_from, to_yaml
+
+GOOD = {"model": {"path": "owner/name"}, "data": {"train": "rows.jsonl"}}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text: str, name: str = "my-recipe.yaml") -> Path:
+        path = tmp_path / name
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def problems_of(changes: dict) -> dict[str, str]:
+    """Key path to text of each problem that the changes to a good recipe make."""
+    with pytest.raises(RecipeError) as caught:
+        recipe_from(GOOD | changes)
+    return {problem.path: str(problem) for problem in caught.value.problems}
+
+
+def test_defaults_are_those_of_the_conventions():
+    """A default that drifts from what users were promised."""
+    recipe = recipe_from(GOOD)
+    assert (recipe.method, recipe.batch_size_per_device, recipe.grad_accumulation_steps) == ("lora", 4, 1)
+    assert (recipe.lora.rank, recipe.lora.alpha, recipe.lora.targets) == (8, 16, "all-linear")
+    assert (recipe.data.max_seq_len, recipe.data.packing, recipe.data.val_fraction) == (2048, "auto", 0)
+    assert (recipe.optimizer.lr, recipe.optimizer.betas, recipe.optimizer.eps) == (1e-5, [0.9, 0.999], 1e-8)
+    assert (recipe.schedule.name, recipe.max_grad_norm, recipe.epochs) == ("cosine", 1.0, 1)
+    assert (recipe.parallel.dp_replicate, recipe.parallel.backend, recipe.parallel.wire_dtype) == (
+        -1,
+        "any",
+        "float32",
+    )
+    assert (recipe.eval.every, recipe.checkpoint.every, recipe.logging.every, recipe.seed) == (
+        200,
+        100,
+        10,
+        0,
+    )
+
+
+def test_every_key_explains_itself():
+    """A key without help, which the schema and the documentation would show empty."""
+    for path, field in walk(Recipe):
+        assert field.metadata["help"].endswith("."), path
+
+
+def test_numbers_may_be_written_in_any_usual_way(write):
+    """1e-5 without a dot is text to plain YAML readers."""
+    text = "model: {path: a/b}\ndata: {train: x.jsonl}\noptimizer: {lr: 1e-5, eps: '1e-7'}\nmax_steps: 1e3\n"
+    recipe = load_recipe(write(text))
+    assert recipe.optimizer.lr == 1e-5 and recipe.optimizer.eps == 1e-7
+    assert recipe.max_steps == 1000 and type(recipe.max_steps) is int
+    assert type(recipe.lora.alpha) is float
+
+
+def test_overrides_apply_in_order(write):
+    """An override that is lost below a null section, in a list, or in favour of an earlier one."""
+    path = write("model: {path: a/b, quantize: null}\ndata: {train: [{path: x.jsonl}, {path: y.jsonl}]}\n")
+    overrides = [
+        "model.quantize.bits=8",
+        "data.train[1].weight=0.5",
+        "seed=1",
+        "seed=2",
+        "max_grad_norm=null",
+    ]
+    recipe = load_recipe(path, overrides)
+    assert (recipe.model.quantize.bits, recipe.model.quantize.group_size) == (8, 64)
+    assert [source.weight for source in recipe.data.train] == [1.0, 0.5]
+    assert recipe.seed == 2 and recipe.max_grad_norm is None
+
+
+def test_output_folder_takes_the_recipe_s_name(write):
+    """Two recipes that write into the same folder because neither names one."""
+    assert load_recipe(write("model: {path: a/b}\ndata: {train: x.jsonl}")).output_dir == "runs/my-recipe"
+
+
+def test_round_trip_through_yaml(write):
+    """A saved recipe.yaml that reads back as another recipe."""
+    changes = {
+        "optimizer": {"lr": 3e-7, "betas": [0.8, 0.95]},
+        "data": {"train": [{"path": "x", "columns": {"prompt": "q"}}]},
+        "parallel": {"backend": {"tp": "jaccl", "default": "ring"}, "wire_dtype": None},
+        "profile": {"start": 3},
+        "model": {"config": {"model_type": "qwen3", "rope_scaling": None}, "tokenizer": "bpe:1024"},
+    }
+    recipe = recipe_from(GOOD | changes)
+    assert load_recipe(write(to_yaml(recipe))) == recipe
+
+
+def test_every_problem_is_reported_at_once():
+    """Mending a recipe one error at a time."""
+    found = problems_of(
+        {
+            "optimzer": {"lr": 1},
+            "optimizer": {"lr": "fast", "betas": 0.9, "learning_rate": 1e-4},
+            "lora": {"rank": 0},
+            "method": "loar",
+            "epochs": 1.5,
+            "global_batch_size": 8,
+            "grad_accumulation_steps": 2,
+        }
+    )
+    assert set(found) == {
+        "optimzer",
+        "optimizer.lr",
+        "optimizer.betas",
+        "optimizer.learning_rate",
+        "lora.rank",
+        "method",
+        "epochs",
+        "grad_accumulation_steps",
+    }
+    assert "optimizer.lr = fast" in found["optimizer.lr"] and "a number >= 0" in found["optimizer.lr"]
+    assert found["method"].endswith("allowed: lora, dora or full; did you mean lora?")
+    assert found["optimzer"].endswith("did you mean optimizer?")
+    assert "a whole number >= 1" in found["lora.rank"]
+
+
+@pytest.mark.parametrize(
+    "key, meant",
+    [
+        ("learning_rate", "optimizer.lr"),
+        ("lora_r", "lora.rank"),
+        ("gradient_accumulation_steps", "grad_accumulation_steps"),
+        ("max_seq_length", "data.max_seq_len"),
+        ("warmup_step", "schedule.warmup_steps"),
+        ("output_dirs", "output_dir"),
+    ],
+)
+def test_nearest_known_key(key, meant):
+    """A wrong key whose right name is elsewhere in the tree or is another trainer's word."""
+    assert problems_of({key: 1})[key].endswith(f"did you mean {meant}?")
+
+
+@pytest.mark.parametrize(
+    "changes, path",
+    [
+        ({"seed": True}, "seed"),
+        ({"seed": None}, "seed"),
+        ({"optimizer": {"lr": float("nan")}}, "optimizer.lr"),
+        ({"optimizer": {"lr": 10**400}}, "optimizer.lr"),
+        ({"optimizer": None}, "optimizer"),
+        ({"optimizer": {"betas": [0.9]}}, "optimizer.betas"),
+        ({"optimizer": {"betas": [0.9, 1.0]}}, "optimizer.betas[1]"),
+        ({"gradient_checkpointing": 0}, "gradient_checkpointing"),
+        ({"data": {"train": {"path": "x"}}}, "data.train"),
+        ({"data": {"train": [{"split": "train"}]}}, "data.train[0].path"),
+        ({"data": {"train": "x", "packing": "on"}}, "data.packing"),
+        ({"parallel": {"backend": {"tpp": "ring"}}}, "parallel.backend.tpp"),
+        ({"parallel": {"backend": {"tp": "rign"}}}, "parallel.backend.tp"),
+        ({"parallel": {"tp": 0}}, "parallel.tp"),
+        ({"parallel": {"tp": -1}}, "parallel.tp"),
+        ({"parallel": {"pp": 2, "split": [4, 4, 4]}}, "parallel.split"),
+        ({"lora": {"targets": "all-linaer"}}, "lora.targets"),
+        ({"model": {"path": "a/b", "quantize": {"bits": 7}}}, "model.quantize.bits"),
+        ({"model": {"path": "a/b", "quantize": {}}, "method": "full"}, "model.quantize"),
+        ({"model": {}}, "model.path"),
+        ({"model": {"path": "a/b", "config": {"model_type": "llama"}}}, "model.path"),
+        ({"model": {"config": {"model_type": "llama"}}}, "model.tokenizer"),
+        ({"model": {"config": {"model_type": "llama"}, "tokenizer": "bpe:many"}}, "model.tokenizer"),
+        ({"data": {}}, "data.train"),
+        ({"data": {"train": "x", "format": "text", "loss_on": "assistant"}}, "data.loss_on"),
+        ({"data": {"train": "x", "packing": True}}, "data.packing"),
+    ],
+)
+def test_refusals(changes, path):
+    """A value or combination that would only fail after the model is loaded, or run as something else."""
+    found = problems_of(changes)
+    assert path in found and "allowed: " in found[path], found
+
+
+def test_a_rule_is_not_judged_on_a_refused_value():
+    """A second complaint that only comes from the default standing in for a wrong value."""
+    assert set(problems_of({"model": {"path": 1.5}})) == {"model.path"}
+    assert set(problems_of({"data": "rows.jsonl"})) == {"data"}
+    assert set(problems_of({"global_batch_size": 0, "grad_accumulation_steps": 4})) == {"global_batch_size"}
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("model: [a", "line 2, column 1"),
+        ("seed: 1\nseed: 2\n", "line 2, column 1"),
+        ("- a\n- b\n", "a map of keys to values"),
+        ("seed: ${nothing}\n", "nothing"),
+        ("seed: ???\n", "seed"),
+    ],
+)
+def test_broken_yaml(write, text, message):
+    """A traceback of the YAML reader instead of the place in the file."""
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(write(text))
+
+
+def test_broken_overrides_are_problems_like_others(write):
+    """One bad override that hides the others."""
+    path = write("model: {path: a/b}\ndata: {train: x.jsonl}\n")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, ["optimizer.lr", "seed=[", "no.such.key=1", "lora.rank=x"])
+    text = str(caught.value)
+    assert text.startswith(f"{path}: 4 problems\n")
+    assert "override optimizer.lr: not of the form key=value; did you mean optimizer.lr=...?" in text
+    for key in ("seed", "no", "lora.rank"):
+        assert f"\n  {key} = " in text
+
+
+def test_missing_recipe_names_a_close_one(write):
+    """A typing mistake in a file name that ends in a traceback."""
+    path = write("seed: 1")
+    with pytest.raises(FileNotFoundError, match=f"did you mean {path}"):
+        load_recipe(path.with_name("my-recipes.yaml"))
+    with pytest.raises(FileNotFoundError, match="is a folder"):
+        load_recipe(path.parent)
