@@ -11,7 +11,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 import comm
-from parallel.layout import model_layout, split_records
+from parallel.layout import split_records
 from parallel.linear import Sharding, SlicedLinear, linear_dims, partial_slots, shard_in_place, slice_array
 from parallel.plans import ModelPlan
 from parallel.replicated import Slot, copied_to_group
@@ -50,7 +50,6 @@ class TensorParallel(Wrapper):
         _shard_vocabulary(self, plan, group)
         for _, array in tree_flatten(self.parameters()):
             mx.eval(array)
-        self.parallel_state.layout.update(model_layout(self))
 
 
 class ShardedBlock(nn.Module):
