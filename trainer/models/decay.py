@@ -96,7 +96,8 @@ class ScalarDecay:
         dk = dk + query_key.swapaxes(-1, -2) @ self.q + (key_key + key_key.swapaxes(-1, -2)) @ self.k
 
         pairs = (grads.query_key * now.query_key + grads.key_key * now.key_key) * self.strict
-        outgoing = row_sum(grads.k_out * now.k_out)
+        # The last token reaches the chunk's end without decay; left in, its term would only cancel up to rounding.
+        outgoing = row_sum(grads.k_out * now.k_out) * self.strict[-1][:, None]
         d_log = row_sum(grads.q_in * now.q_in) + row_sum(grads.k_in * now.k_in) - outgoing
         d_log = d_log + row_sum(pairs) - pairs.sum(axis=-2)[..., None]
         at_end = outgoing.sum(axis=-2, keepdims=True) + grads.last * now.last

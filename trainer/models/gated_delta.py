@@ -15,7 +15,10 @@ import mlx.nn as nn
 
 from trainer.models.decay import ChannelDecay, Chunks, ScalarDecay, unit_lower_inverse
 
-CHUNK_TOKENS = 64
+
+def default_chunk_tokens() -> int:
+    """64 on a GPU (fewer stored states, larger products), 32 on a CPU (1.5 times faster there)."""
+    return 32 if mx.default_device() == mx.cpu else 64
 
 
 def gated_delta_rule(
@@ -28,7 +31,7 @@ def gated_delta_rule(
     mask: mx.array | None = None,
     segments: mx.array | None = None,
     *,
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
 ) -> tuple[mx.array, mx.array]:
     """Outputs and last state of the gated delta rule, differentiable in all floating-point arguments.
 
@@ -40,7 +43,7 @@ def gated_delta_rule(
         state: (B, Hv, Dv, Dk) in mlx-lm's layout; zeros when None.
         mask: (B, T) bool; False tokens leave the state as it is and give zeros.
         segments: (B, T) int; the state is cleared wherever the number differs from the token before.
-        chunk_tokens: tokens of a chunk, a power of two. Default 64.
+        chunk_tokens: tokens of a chunk, a power of two. Default: :func:`default_chunk_tokens`.
 
     Returns:
         y (B, T, Hv, Dv) in q's dtype, and the state after the last token, (B, Hv, Dv, Dk) float32.
@@ -55,8 +58,8 @@ def gated_delta_rule(
     if mask is not None:
         beta = beta * mask[..., None]
         log_gate = log_gate * mask.reshape(B, T, *[1] * (log_gate.ndim - 2))
-    split = _Split(T, Hk, Hv // Hk, chunk_tokens)
-    keep = None if segments is None else split.chunked(_keeps_state(segments), 1)
+    split = _Split(T, Hv // Hk, chunk_tokens or default_chunk_tokens())
+    keep = None if segments is None else 1.0 - split.chunked(_clears_state(segments), 1)
     if state is None:
         state = mx.zeros((B, Hv, Dv, Dk), mx.float32)
     state = state.astype(mx.float32).swapaxes(-1, -2).reshape(B, Hk, Hv // Hk, Dk, Dv)
@@ -97,17 +100,17 @@ def gated_delta_update(
     return gated_delta_rule(q, k, v, log_gate, beta, state, mask, segments)
 
 
-def _keeps_state(segments: mx.array) -> mx.array:
-    """(B, T) -> (B, T, 1): 0.0 at the first token of each document but the row's first one, whose state is the argument's."""
-    same = (segments[:, 1:] == segments[:, :-1]).astype(mx.float32)
-    return mx.concatenate([mx.ones_like(same[:, :1]), same], axis=1)[..., None] if same.shape[1] else mx.ones(segments.shape)[..., None]
+def _clears_state(segments: mx.array) -> mx.array:
+    """(B, T) -> (B, T, 1): True at the first token of each document but the row's first one, whose state is the argument's."""
+    before = mx.concatenate([segments[:, :1], segments[:, :-1]], axis=1)
+    return (segments != before)[..., None]
 
 
 class _Split:
     """Moves (B, T, heads, dims) to (B, Hk, R or 1, N, C, dims) in float32, with T padded to whole chunks, and back."""
 
-    def __init__(self, num_tokens: int, key_heads: int, repeats: int, chunk_tokens: int) -> None:
-        self.num_tokens, self.key_heads, self.repeats = num_tokens, key_heads, repeats
+    def __init__(self, num_tokens: int, repeats: int, chunk_tokens: int) -> None:
+        self.num_tokens, self.repeats = num_tokens, repeats
         # A short sequence is one chunk of the next power of two (at least 4, the inverse's smallest block).
         self.chunk = min(chunk_tokens, max(4, 1 << (num_tokens - 1).bit_length()))
         self.padding = -num_tokens % self.chunk
