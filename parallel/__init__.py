@@ -7,18 +7,28 @@ from comm import init
 from parallel.api import evaluate, value_and_grad
 from parallel.data import DataParallel
 from parallel.heads import Head, hidden_and_head
+from parallel.layout import gather_tensors, model_layout, slice_tensors
+from parallel.linear import shard_linear
 from parallel.norm import clip_grad_norm, global_norm
+from parallel.tensor import TensorParallel
+from parallel.vocab import cross_entropy
 from parallel.wrapper import Wrapper, unwrap
 
 __all__ = [
     "DataParallel",
     "Head",
+    "TensorParallel",
     "Wrapper",
     "clip_grad_norm",
+    "cross_entropy",
     "evaluate",
+    "gather_tensors",
     "global_norm",
     "hidden_and_head",
     "init",
+    "model_layout",
+    "shard_linear",
+    "slice_tensors",
     "unwrap",
     "value_and_grad",
 ]

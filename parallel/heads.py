@@ -39,7 +39,10 @@ class Head:
         """Logits of this rank's vocabulary slice: `(..., D)` to `(..., V / group.size)`."""
         if self.module is None:
             return hidden
-        logits = self.module.as_linear(hidden) if self.tied else self.module(hidden)
+        if self.group.size > 1:
+            logits = self.module.local_logits(hidden)
+        else:
+            logits = self.module.as_linear(hidden) if self.tied else self.module(hidden)
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:
@@ -88,10 +91,12 @@ def output_head(model: nn.Module) -> Head | None:
     rule = LOGIT_RULES.get(getattr(text, "model_type", None))
     if rule is None:
         return None
-    sharding = getattr(model, "head_sharding", {})
     args = text.args
     tied = getattr(text, "tie_word_embeddings", getattr(args, "tie_word_embeddings", False)) or "lm_head" not in text
     module = text.model.embed_tokens if tied else text.lm_head
+    # Left by TensorParallel where it divides the vocabulary.
+    part = getattr(module, "vocabulary", None)
+    sharding = {} if part is None else {"group": part.group, "first": part.first}
     return Head(module, tied=tied, **rule(args), **sharding)
 
 
