@@ -1,16 +1,17 @@
 """Global gradient norm and clipping over any mesh.
 
 A gradient that is split over a group contributes its pieces from every rank of that group; a replicated one
-is counted once. The split is read from the `ParameterLayout` that the wrappers left on the model.
+is counted once. The split is read from the records that the wrappers left on the modules (`parallel.layout`).
 """
 
-from collections import defaultdict
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
+import comm
+from parallel.layout import model_layout
 from parallel.wrapper import parallel_state
 
 
@@ -21,20 +22,23 @@ def global_norm(grads: Any, model: nn.Module) -> mx.array:
         grads: gradient tree of `model.trainable_parameters()`, already reduced over data-parallel ranks.
         model: the (wrapped) model; its parameter layout says what is split over which groups.
     """
-    state = parallel_state(model)
-    squares: dict[tuple, mx.array] = defaultdict(lambda: mx.array(0.0, dtype=mx.float32))
+    layout = model_layout(model)
+    stages = parallel_state(model).groups.get("pp")
+    partial: dict[tuple[str, ...], mx.array] = {}
+    groups: dict[str, comm.Group] = {"pp": stages} if stages else {}
     for name, grad in tree_flatten(grads):
-        layout = state.layout.get(name)
-        axes, copies = layout.norm_axes() if layout is not None else ((), 1)
-        if "pp" in state.groups:
-            axes = (*axes, "pp")
-        squares[axes] = squares[axes] + grad.astype(mx.float32).square().sum() / copies
+        split = layout.get(name)
+        square = grad.astype(mx.float32).square().sum() if split is None else split.squared_sum(grad)
+        if split is not None:
+            groups |= split.groups
+        axes = tuple(sorted({*(split.groups if split else ()), *(("pp",) if stages else ())}))
+        partial[axes] = partial[axes] + square if axes in partial else square
     total = mx.array(0.0, dtype=mx.float32)
-    for axes in sorted(squares):
-        part = squares[axes]
+    # Sorted, so that every rank issues the same collectives in the same order.
+    for axes in sorted(partial):
         for axis in axes:
-            part = state.groups[axis].all_sum(part)
-        total = total + part
+            partial[axes] = groups[axis].all_sum(partial[axes])
+        total = total + partial[axes]
     return mx.sqrt(total)
 
 

@@ -21,7 +21,6 @@ class ParallelState:
 
     Attributes:
         groups: mesh axis name ("dp_replicate", "dp_shard", "pp", "tp") to the group of that axis.
-        layout: parameter name to how it is split (see `parallel.layout`); absent names are whole.
         reducers: functions that sum a gradient tree over the data-parallel ranks, applied in order.
         loss_groups: groups over which loss sums and token counts are summed.
         runner: `runner(loss_fn) -> run(micro_batches) -> (loss_sum, num_tokens, grads)` in place of the plain
@@ -30,7 +29,6 @@ class ParallelState:
     """
 
     groups: dict[str, comm.Group] = field(default_factory=dict)
-    layout: dict[str, Any] = field(default_factory=dict)
     reducers: list[Callable[[Any], Any]] = field(default_factory=list)
     loss_groups: list[comm.Group] = field(default_factory=list)
     runner: Callable | None = None

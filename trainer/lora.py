@@ -133,11 +133,6 @@ def find_targets(model: nn.Module, targets: str | list[str], num_layers: str | i
     return tuple(chosen)
 
 
-def adapter_keys(paths: tuple[str, ...]) -> list[str]:
-    """mlx-lm's `keys` for these modules: paths inside a layer, and whole paths for modules outside layers."""
-    return sorted({path.split(".layers.", 1)[1].split(".", 1)[1] if ".layers." in path else path for path in paths})
-
-
 def is_adapter(name: str) -> bool:
     """Whether a parameter name belongs to an adapter (`lora_a`, `lora_b`, DoRA's `m`)."""
     return name.rsplit(".", 1)[-1] in ("lora_a", "lora_b", "m")

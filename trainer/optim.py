@@ -20,7 +20,7 @@ Factory = Callable[[Any, float], optim.Optimizer]
 OPTIMIZERS: dict[str, Factory] = {
     "adamw": lambda c, decay: optim.AdamW(c.lr, c.betas, c.eps, weight_decay=decay, bias_correction=c.bias_correction),
     "adam": lambda c, decay: optim.Adam(c.lr, c.betas, c.eps, bias_correction=c.bias_correction),
-    "sgd": lambda c, decay: optim.SGD(c.lr, momentum=c.betas[0], weight_decay=decay),
+    "sgd": lambda c, decay: optim.SGD(c.lr, weight_decay=decay),
     "lion": lambda c, decay: optim.Lion(c.lr, c.betas, weight_decay=decay),
     "adafactor": lambda c, decay: optim.Adafactor(
         c.lr, relative_step=False, scale_parameter=False, weight_decay=decay

@@ -1,0 +1,77 @@
+"""Ranks that stay together: one rank's error becomes every rank's, and they compare what they loaded.
+
+Between these points a rank may fail alone (a missing file, a full disk) without leaving others in a collective.
+"""
+
+import socket
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from typing import Any, TypeVar
+
+import mlx.core as mx
+
+import comm
+
+Result = TypeVar("Result")
+EXPECTED = (ValueError, OSError)
+
+
+def together(world: comm.Group, work: Callable[[], Result]) -> Result:
+    """Do `work` on every rank; if it fails on any, all ranks raise.
+
+    Args:
+        world: all ranks.
+        work: must not communicate.
+
+    Raises:
+        ValueError: `work` failed somewhere with a `ValueError` or `OSError`; the text is rank 0's own where
+            all ranks met the same, else it names each rank and host.
+    """
+    try:
+        result, problem = work(), None
+    except EXPECTED as error:
+        result, problem = None, str(error)
+    problems = comm.all_gather_object(problem, world)
+    if not any(problems):
+        return result
+    if len(set(problems)) == 1:
+        raise ValueError(problems[0])
+    hosts = comm.all_gather_object(socket.gethostname(), world)
+    lines = [f"rank {r} on {hosts[r]}: {text}" for r, text in enumerate(problems) if text]
+    raise ValueError("\n".join(lines))
+
+
+def require_same(world: comm.Group, digests: dict[str, Any]) -> None:
+    """Compare digests between ranks, together with the versions of MLX, mlx-lm and this package.
+
+    Args:
+        world: all ranks.
+        digests: name of a thing that must be equal everywhere, to a JSON-able digest of it.
+
+    Raises:
+        ValueError: they differ; names the things, the hosts and what each has.
+    """
+    versions = {f"version of {name}": version(name) for name in ("mlx", "mlx-lm", "mlx-trainer")}
+    mine = versions | digests
+    everyone = comm.all_gather_object([socket.gethostname(), mine], world)
+    lines = []
+    for name in mine:
+        values = [seen[name] for _, seen in everyone]
+        if any(value != values[0] for value in values):
+            held = ", ".join(f"rank {r} on {host}: {seen[name]}" for r, (host, seen) in enumerate(everyone))
+            lines.append(f"the {name} differs ({held})")
+    if lines:
+        raise ValueError("The ranks do not agree: " + "; ".join(lines) + ". Give every host the same files.")
+
+
+def broadcast_tensors(world: comm.Group, tensors: dict[str, mx.array] | None) -> Iterator[tuple[str, mx.array]]:
+    """Rank 0's tensors on every rank, one at a time, as `(name, array)` pairs.
+
+    Args:
+        world: all ranks.
+        tensors: rank 0's tensors by name; ignored elsewhere.
+    """
+    listing = [(n, list(t.shape), str(t.dtype).removeprefix("mlx.core.")) for n, t in (tensors or {}).items()]
+    for name, shape, dtype in comm.broadcast_object(listing, world):
+        own = tensors[name] if tensors and world.rank == 0 else mx.zeros(shape, dtype=getattr(mx, dtype))
+        yield name, world.broadcast(own)

@@ -1,0 +1,149 @@
+"""From `model:` in a recipe to a tokenizer and a base model: files of either layout, or a random start.
+
+Weights are lazy until `materialize`, so that wrappers can take their slices first.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
+from mlx_lm import load
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import MODEL_REMAPPING, load_model, load_tokenizer, quantize_model
+
+from trainer.config import ModelConfig
+from trainer.data import build_tokenizer
+
+DEFAULT_INITIALIZER_RANGE = 0.02
+
+
+@dataclass
+class BaseModel:
+    """A model before anything is attached to it.
+
+    Attributes:
+        model: lazy parameters, in the recipe's dtype and quantization.
+        config: what `config.json` says or would say, quantization included.
+    """
+
+    model: nn.Module
+    config: dict[str, Any]
+
+
+def open_tokenizer(config: ModelConfig, texts: Any) -> TokenizerWrapper:
+    """The tokenizer of the recipe, in mlx-lm's wrapper.
+
+    Args:
+        config: the recipe's `model:`.
+        texts: function that returns the training texts, for `tokenizer: bpe:SIZE`.
+
+    Raises:
+        ValueError: the files are missing or unreadable.
+    """
+    source = config.tokenizer or config.path
+    if source.startswith("bpe:"):
+        tokenizer = build_tokenizer(texts(), int(source.removeprefix("bpe:")))
+        return TokenizerWrapper(tokenizer, eos_token_ids=[tokenizer.eos_token_id])
+    try:
+        return load_tokenizer(source, {"trust_remote_code": config.trust_remote_code})
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"model: no tokenizer can be read from {source!r}: {_first_line(error)}") from error
+
+
+def open_model(config: ModelConfig, vocab_size: int, seed: int) -> BaseModel:
+    """Read (lazily) or initialise the base model, in the recipe's dtype and quantization.
+
+    Args:
+        config: the recipe's `model:`.
+        vocab_size: of the tokenizer; a random start without `vocab_size` in its config takes it.
+        seed: decides the values of a random start.
+
+    Raises:
+        ValueError: no such model, an unknown architecture, or a vocabulary smaller than the tokenizer's.
+    """
+    if config.config is not None:
+        base = _random_model(dict(config.config), vocab_size, seed)
+    else:
+        base = _read_model(config)
+    _check_vocabulary(base, vocab_size)
+    _cast(base.model, _dtype(config.dtype))
+    if config.quantize is not None:
+        return BaseModel(*quantize_model(base.model, base.config, config.quantize.group_size, config.quantize.bits))
+    return base
+
+
+def materialize(model: nn.Module) -> None:
+    """Evaluate the parameters one by one: the peak is the model and the largest tensor's source."""
+    for _, value in tree_flatten(model.parameters()):
+        mx.eval(value)
+
+
+def _read_model(config: ModelConfig) -> BaseModel:
+    path = Path(config.path)
+    if path.exists() and not (path / "config.json").is_file():
+        raise ValueError(f"model.path={config.path!r} has no config.json; give a model folder or a Hugging Face repo.")
+    try:
+        if path.exists():
+            return BaseModel(*load_model(path, lazy=True, trust_remote_code=config.trust_remote_code))
+        model, _, read = load(config.path, lazy=True, return_config=True, trust_remote_code=config.trust_remote_code)
+        return BaseModel(model, read)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"model.path={config.path!r} cannot be opened: {_first_line(error)}") from error
+
+
+def _random_model(config: dict[str, Any], vocab_size: int, seed: int) -> BaseModel:
+    """A model with Hugging Face's usual initial values: normal matrices, everything else as the layer starts."""
+    target = config["text_config"] if "text_config" in config else config
+    target.setdefault("vocab_size", vocab_size)
+    mx.random.seed(seed)
+    model_class, args_class = _model_classes(config)
+    try:
+        model = model_class(args_class.from_dict(config))
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"model.config does not describe a {config['model_type']} model: {error}") from error
+    spread = target.get("initializer_range", DEFAULT_INITIALIZER_RANGE)
+    matrices = [(n, p) for n, p in tree_flatten(model.parameters()) if p.ndim == 2]
+    keys = mx.random.split(mx.random.key(seed), len(matrices))
+    drawn = [(n, spread * mx.random.normal(p.shape, key=key)) for (n, p), key in zip(matrices, keys)]
+    model.update(tree_unflatten(drawn))
+    return BaseModel(model, config)
+
+
+def _model_classes(config: dict[str, Any]) -> tuple[Any, Any]:
+    from importlib import import_module
+
+    name = config.get("model_type")
+    try:
+        module = import_module(f"mlx_lm.models.{MODEL_REMAPPING.get(name, name)}")
+    except ImportError as error:
+        raise ValueError(f"model.config.model_type={name!r} is not an architecture of mlx-lm.") from error
+    return module.Model, module.ModelArgs
+
+
+def _check_vocabulary(base: BaseModel, vocab_size: int) -> None:
+    described = base.config.get("text_config", base.config).get("vocab_size", vocab_size)
+    if described < vocab_size:
+        raise ValueError(f"The tokenizer has {vocab_size} tokens, but the model's vocabulary only {described}.")
+
+
+def _dtype(name: str) -> mx.Dtype:
+    if name == "auto":
+        return mx.bfloat16 if mx.default_device() == mx.gpu else mx.float32
+    return {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}[name]
+
+
+def _cast(model: nn.Module, dtype: mx.Dtype) -> None:
+    """Set the dtype of floating parameters, but of those that the architecture keeps (`cast_predicate`)."""
+    may_cast = getattr(model, "cast_predicate", lambda path: True)
+
+    def cast(path: str, value: mx.array) -> mx.array:
+        return value.astype(dtype) if mx.issubdtype(value.dtype, mx.floating) and may_cast(path) else value
+
+    model.update(tree_map_with_path(cast, model.parameters()))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,122 @@
+"""Saving a run's state and taking it up again, on the same or on another number of ranks.
+
+Rank 0 holds the files: it chooses the checkpoint and sends the state. A checkpoint of another model, data,
+method, seed or batch is refused; other changes of the recipe go on with a notice.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_unflatten
+
+import comm
+from parallel.layout import ParameterLayout, gather_tensors, model_layout, slice_tensors
+from trainer.agreement import broadcast_tensors, together
+from trainer.build import Parts
+from trainer.checkpoint import Checkpoint, CheckpointFolder
+from trainer.config import Recipe
+from trainer.loop import Progress
+
+FREE_SECTIONS = ("optimizer", "schedule", "epochs", "max_steps", "max_grad_norm", "gradient_checkpointing")
+Notice = Callable[[str], None]
+
+
+def save(parts: Parts, folder: CheckpointFolder, progress: Progress) -> None:
+    """Write a checkpoint: trainable weights, optimizer state, and what continues the plan. Every rank calls it."""
+    layout = model_layout(parts.model)
+    weights = tree_flatten(parts.model.trainable_parameters())
+    files = {
+        "weights": gather_tensors(layout, weights),
+        "optimizer": gather_tensors(_slot_layout(layout, parts.optimizer), parts.optimizer.tensors()),
+    }
+    epoch, position = divmod(progress.step, parts.batches.steps_per_epoch)
+    state = {
+        "progress": progress.as_dict(),
+        "plan": {"epoch": epoch, "position": position},
+        "num_updates": parts.optimizer.num_updates,
+        "identity": parts.identity,
+        "settings": _settings(parts.recipe),
+        "mesh": asdict(parts.mesh),
+        "seed": parts.recipe.seed,
+    }
+    folder.save(progress.step, files, state)
+
+
+def find(recipe: Recipe, folder: CheckpointFolder, world: comm.Group, notice: Notice) -> Checkpoint | None:
+    """The checkpoint that `checkpoint.resume` means, on rank 0; None elsewhere and where there is none.
+
+    Raises:
+        ValueError: a checkpoint named by path is not whole.
+    """
+
+    def look() -> Checkpoint | None:
+        if world.rank != 0 or recipe.checkpoint.resume == "none":
+            return None
+        if recipe.checkpoint.resume == "auto":
+            return folder.newest(notice)
+        try:
+            return folder.open(Path(recipe.checkpoint.resume))
+        except RuntimeError as error:
+            raise ValueError(f"checkpoint.resume: {error}") from error
+
+    return together(world, look)
+
+
+def restore(parts: Parts, checkpoint: Checkpoint | None, notice: Notice) -> Progress:
+    """Load rank 0's checkpoint into every rank's model and optimizer.
+
+    Args:
+        parts: freshly built.
+        checkpoint: rank 0's choice; None on other ranks, or everywhere for a new run.
+        notice: gets one line per change of settings.
+
+    Returns:
+        Where the run stands; a fresh `Progress` without a checkpoint.
+
+    Raises:
+        ValueError: the checkpoint belongs to another run; lists the keys.
+    """
+    world = parts.world
+    state = comm.broadcast_object(checkpoint.state if checkpoint else None, world)
+    if state is None:
+        return Progress()
+    _check_identity(state["identity"], parts.identity)
+    for line in _changes(state["settings"], _settings(parts.recipe)):
+        notice(line)
+    layout = model_layout(parts.model)
+    weights = broadcast_tensors(world, checkpoint.tensors("weights") if checkpoint else None)
+    parts.model.update(tree_unflatten(list(slice_tensors(layout, weights))))
+    moments = broadcast_tensors(world, checkpoint.tensors("optimizer") if checkpoint else None)
+    slots = dict(slice_tensors(_slot_layout(layout, parts.optimizer), moments))
+    parts.optimizer.load(slots, state["num_updates"])
+    mx.eval(parts.model.trainable_parameters(), parts.optimizer.state)
+    return Progress(**state["progress"])
+
+
+def _slot_layout(layout: dict[str, ParameterLayout], optimizer: Any) -> dict[str, ParameterLayout]:
+    """The layout of optimizer tensors: a slot of its parameter's shape is split like the parameter."""
+    names = (name for name, _ in optimizer.tensors())
+    return {name: layout[name.rsplit(".", 1)[0]] for name in names if name.rsplit(".", 1)[0] in layout}
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    sections = asdict(recipe)
+    return {name: sections[name] for name in FREE_SECTIONS}
+
+
+def _check_identity(saved: dict[str, Any], current: dict[str, Any]) -> None:
+    changed = [key for key in current if saved.get(key) != current[key]]
+    if changed:
+        pairs = "; ".join(f"{key}: {saved.get(key)} then, {current[key]} now" for key in changed)
+        raise ValueError(
+            f"The checkpoint belongs to another run ({pairs}). Use another output_dir, or checkpoint.resume=none."
+        )
+
+
+def _changes(saved: dict[str, Any], current: dict[str, Any]) -> Iterator[str]:
+    for key in current:
+        if saved.get(key) != current[key]:
+            yield f"resuming with another {key}: {saved.get(key)} then, {current[key]} now"

@@ -1,0 +1,204 @@
+"""`python -m trainer run`: one fine-tuning run, from the recipe to the files that it leaves."""
+
+import argparse
+import signal
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mlx.utils import tree_flatten
+from mlx_lm.utils import hf_repo_to_path
+
+import comm
+from parallel import value_and_grad
+from parallel.layout import gather_tensors, model_layout
+from trainer import resume
+from trainer.agreement import require_same, together
+from trainer.build import Parts, build
+from trainer.checkpoint import CheckpointFolder
+from trainer.config import Recipe
+from trainer.evaluation import Evaluator
+from trainer.loop import Due, Hooks, Loop, Progress
+from trainer.metrics import JsonlSink, Metrics
+from trainer.optim import learning_rate
+from trainer.output import adapter_config, write_adapters, write_model
+from trainer.recipe import load_recipe, to_yaml
+from trainer.terminal import TerminalSink
+from trainer.throughput import Throughput
+from trainer.wandb_sink import WandbSink, wandb_mode
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Run a recipe; returns the exit code: 0 done, 128 + signal when a signal ended it."""
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    world = comm.init(recipe.parallel.backend if isinstance(recipe.parallel.backend, str) else "any")
+    return train(recipe, world, Stop().install())
+
+
+class Stop:
+    """Remembers the signal that asked this process to stop; a second one ends it at once."""
+
+    def __init__(self):
+        self.number = 0
+
+    def install(self) -> "Stop":
+        """Take over Ctrl-C and SIGTERM."""
+        for number in SIGNALS:
+            signal.signal(number, self._receive)
+        return self
+
+    def _receive(self, number: int, frame: Any) -> None:
+        if self.number:
+            comm.leave(128 + number)
+        self.number = number
+
+
+def train(recipe: Recipe, world: comm.Group, stop: Stop) -> int:
+    """Build, resume, train, write the result."""
+    output_dir = Path(recipe.output_dir) if world.rank == 0 else None
+    notices: list[str] = []
+    parts = build(recipe, world, notices.append)
+    require_same(world, parts.digests())
+    folder = CheckpointFolder(output_dir and output_dir / "checkpoints", recipe.checkpoint.keep_last)
+    found = resume.find(recipe, folder, world, notices.append)
+    progress = resume.restore(parts, found, notices.append)
+    if progress.step >= parts.total_steps:
+        _say_finished(recipe, world, progress)
+        return 0
+    metrics = together(world, lambda: _open_metrics(recipe, output_dir, parts.total_steps, progress.step))
+    introduce(parts, progress, notices, metrics)
+    loop = make_loop(parts, folder, metrics, stop)
+    if progress.step == 0:
+        loop.hooks.evaluate(0)
+    number = loop.run(progress)
+    if number:
+        metrics.message(f"Stopped by signal {number} after step {progress.step}; the same command goes on from there.")
+    else:
+        write_result(parts, output_dir)
+        metrics.message(f"Done: {_result_path(parts)}")
+    metrics.close()
+    return 128 + number if number else 0
+
+
+def make_loop(parts: Parts, folder: CheckpointFolder, metrics: Metrics, stop: Stop) -> Loop:
+    """The training loop of a built run."""
+    recipe = parts.recipe
+    hooks = Hooks(
+        log=metrics.log,
+        advance=metrics.advance,
+        evaluate=_evaluation(parts, metrics),
+        save=lambda progress: resume.save(parts, folder, progress),
+        stop_signal=lambda: stop.number,
+    )
+    return Loop(
+        model=parts.model,
+        step_fn=value_and_grad(parts.model, parts.loss),
+        optimizer=parts.optimizer,
+        batches=parts.batches,
+        total_steps=parts.total_steps,
+        rate=lambda step: learning_rate(step, parts.total_steps, recipe.optimizer.lr, recipe.schedule),
+        max_grad_norm=recipe.max_grad_norm,
+        world=parts.world,
+        due=Due(recipe.logging.every, recipe.eval.every, recipe.checkpoint.every),
+        hooks=hooks,
+        throughput=Throughput(parts.world.size),
+        patience=recipe.eval.patience,
+    )
+
+
+def write_result(parts: Parts, output_dir: Path | None) -> None:
+    """Write the final adapters, or the final model folder. Every rank calls it."""
+    layout = model_layout(parts.model)
+    if parts.adapter is not None:
+        tensors = tree_flatten(parts.model.trainable_parameters())
+        spec = parts.adapter
+        config = adapter_config(
+            [n for n, _ in tensors],
+            fine_tune_type=spec.method,
+            rank=spec.rank,
+            scale=spec.scale,
+            dropout=spec.dropout,
+        )
+        write_adapters(output_dir, gather_tensors(layout, tensors), config)
+    else:
+        tensors = gather_tensors(layout, tree_flatten(parts.model.parameters()))
+        folder = output_dir and output_dir / "model"
+        write_model(folder, tensors, parts.base.config, parts.tokenizer, source=_source(parts.recipe))
+
+
+def _evaluation(parts: Parts, metrics: Metrics) -> Callable[[int], dict[str, float]]:
+    if parts.splits.valid is None:
+        return lambda step: {}
+    evaluator = parts.evaluator()
+
+    def evaluate(step: int) -> dict[str, float]:
+        measured, answers = evaluator.run()
+        metrics.log({"train/global_step": step} | measured)
+        if answers:
+            metrics.samples(step, [answer.as_sample() for answer in answers])
+        return measured
+
+    return evaluate
+
+
+def _open_metrics(recipe: Recipe, output_dir: Path | None, total_steps: int, step: int) -> Metrics:
+    """Rank 0's sinks; none on other ranks. Also keeps the resolved recipe beside them."""
+    if output_dir is None:
+        return Metrics([])
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / "recipe.yaml").write_text(to_yaml(recipe))
+    rows = JsonlSink(output_dir / "metrics.jsonl", step or None)
+    terminal = TerminalSink(total_steps, step)
+    sinks = [rows, terminal]
+    wandb = recipe.logging.wandb
+    if wandb.project is not None and wandb_mode(wandb.mode) != "disabled":
+        sinks.append(
+            WandbSink(
+                output_dir,
+                wandb.project,
+                name=wandb.name,
+                mode=wandb_mode(wandb.mode),
+                config=asdict(recipe),
+                resumed=step > 0,
+                notice=terminal.message,
+            )
+        )
+    return Metrics(sinks, rows.kept)
+
+
+def introduce(parts: Parts, progress: Progress, notices: list[str], metrics: Metrics) -> None:
+    """Say what the run will do: sizes, counts, and every notice of the build."""
+    recipe, batch = parts.recipe, parts.batch
+    trainable = sum(p.size for _, p in tree_flatten(parts.model.trainable_parameters()))
+    total = sum(p.size for _, p in tree_flatten(parts.model.parameters()))
+    for notice in notices:
+        metrics.message(notice)
+    metrics.message(
+        f"global batch {batch.global_size} = {batch.per_device} rows x {batch.dp} data-parallel ranks"
+        f" x {batch.accumulation} micro-batches; {parts.total_steps} steps,"
+        f" {parts.batches.steps_per_epoch} per epoch of {len(parts.splits.train)} rows"
+    )
+    metrics.message(f"{recipe.method}: {trainable:,} of {total:,} parameters are trainable")
+    if progress.step:
+        metrics.message(f"resumed after step {progress.step}")
+
+
+def _say_finished(recipe: Recipe, world: comm.Group, progress: Progress) -> None:
+    if world.rank == 0:
+        print(f"{recipe.output_dir} is finished ({progress.step} steps). Use another output_dir, or more epochs.")
+
+
+def _result_path(parts: Parts) -> str:
+    folder = parts.recipe.output_dir
+    return f"{folder}/adapters.safetensors" if parts.adapter is not None else f"{folder}/model"
+
+
+def _source(recipe: Recipe) -> Path | None:
+    """Folder of the base model's files, where there is one."""
+    if recipe.model.path is None:
+        return None
+    local = Path(recipe.model.path)
+    return local if local.exists() else hf_repo_to_path(recipe.model.path)
