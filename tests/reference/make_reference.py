@@ -84,7 +84,7 @@ def cases() -> list[Case]:
 
 
 def make_rows(num_rows: int) -> list[str]:
-    """Short stock-keeping notes; every eighth one is long enough to cross a chunk of 64 tokens."""
+    """Short stock-keeping notes; one in 32 is long enough to cross a chunk of 64 tokens."""
     rng = random.Random(7)
     people = ["Ana", "Bram", "Chidi", "Dóra", "Emil", "Farah"]
     things = ["bolts", "lamps", "maps", "ropes", "tins", "wheels", "crates", "gears"]
@@ -100,7 +100,7 @@ def make_rows(num_rows: int) -> list[str]:
             f"{who} counted the {what} in {where}: {count}, not {rest}.",
         ])
 
-    return [" ".join(note() for _ in range(8 if i % 8 == 3 else 1 + i % 2)) for i in range(num_rows)]
+    return [" ".join(note() for _ in range(8 if i % 32 == 3 else 1 + i % 2)) for i in range(num_rows)]
 
 
 def train_tokenizer(rows: list[str]) -> transformers.PreTrainedTokenizerFast:
