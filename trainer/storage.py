@@ -54,7 +54,7 @@ class FileRecord:
 def write_tensors(
     folder: Path, stem: str, tensors: NamedTensors, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> dict[str, FileRecord]:
-    """Write tensors into ``folder`` as ``stem.safetensors``, or ``stem-0000i-of-0000n.safetensors`` when they need more.
+    """Write ``folder/stem.safetensors``, or ``stem-0000i-of-0000n.safetensors`` when the tensors need several files.
 
     The iterable is read to its end first, so it should yield lazy arrays (a gather per tensor, say); each is then
     evaluated in order, written, and dropped. After a failed write the remaining tensors are still evaluated, so that

@@ -1,0 +1,122 @@
+"""What a person sees while a run goes: a progress bar on a terminal, plain lines in a file or a pipe.
+
+Training rows move the bar; evaluations, held-out generations and messages stay on the screen above it.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.text import Text
+
+from trainer.metrics import STEP_KEY, Row, Sample
+
+NUM_SAMPLES_SHOWN = 3
+# Row key -> how it reads, in the order shown.
+TRAIN_WORDS = {
+    "train/loss": "loss {:.4f}",
+    "train/grad_norm": "grad {:.3g}",
+    "train/learning_rate": "lr {:.3g}",
+    "throughput/tokens_per_sec": "{:,.0f} tokens/s",
+    "memory/peak_gib": "peak {:.2f} GiB",
+    "train/skipped_steps": "skipped {:d}",
+}
+EVAL_WORDS = {"eval/loss": "eval loss {:.4f}", "eval/ppl": "ppl {:.4g}", "eval/exact_match": "exact match {:.1%}"}
+
+
+class TerminalSink:
+    """Shows a run.
+
+    Args:
+        total_steps: Optimizer updates of the whole run.
+        start_step: Updates done before this start of it (resumed runs).
+        console: Where to; by default standard output.
+        clock: Seconds; a test may give its own.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        start_step: int = 0,
+        *,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.total_steps = total_steps
+        self.start_step = start_step
+        self.console = console or Console()
+        self._clock = clock
+        self._start = clock()
+        self._words = ""
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+        if self.console.is_terminal:
+            self._progress = self._make_progress()
+            self._progress.start()
+
+    def log(self, row: Row) -> None:
+        step = int(row[STEP_KEY])
+        words = _words(row, TRAIN_WORDS)
+        if words:
+            self._words = words
+            self.advance(step)
+            if self._progress is None:
+                self._print(f"step {step}/{self.total_steps}  {words}  {self._eta(step)}")
+        if evaluated := _words(row, EVAL_WORDS):
+            self._print(f"step {step}/{self.total_steps}  {evaluated}", style="bold")
+
+    def samples(self, step: int, samples: Sequence[Sample]) -> None:
+        for sample in samples[:NUM_SAMPLES_SHOWN]:
+            self._print(self._one_line("  prompt     ", sample["prompt"]))
+            if sample["expected"] is not None:
+                self._print(self._one_line("  expected   ", sample["expected"]))
+            self._print(self._one_line("  generated  ", sample["generated"]))
+            self._print("")
+
+    def message(self, text: str) -> None:
+        self._print(text)
+
+    def advance(self, step: int) -> None:
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, words=self._words, eta=self._eta(step))
+
+    def close(self, summary: dict[str, object]) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def _make_progress(self) -> Progress:
+        columns = (
+            MofNCompleteColumn(),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[words]}"),
+            TextColumn("{task.fields[eta]}"),
+        )
+        progress = Progress(*columns, console=self.console, refresh_per_second=2)
+        self._task = progress.add_task(
+            "train", total=self.total_steps, completed=self.start_step, words="starting", eta=""
+        )
+        return progress
+
+    def _eta(self, step: int) -> str:
+        """Time left at the mean pace of this start of the run."""
+        if step <= self.start_step:
+            return ""
+        pace = (self._clock() - self._start) / (step - self.start_step)
+        minutes, seconds = divmod(round(pace * max(0, self.total_steps - step)), 60)
+        hours, minutes = divmod(minutes, 60)
+        return f"ETA {hours}:{minutes:02d}:{seconds:02d}" if hours else f"ETA {minutes}:{seconds:02d}"
+
+    def _print(self, text: str, style: str | None = None) -> None:
+        # A Text object, so that brackets in prompts and paths are not taken for rich's markup.
+        self.console.print(Text(text, style=style or ""), soft_wrap=True)
+
+    def _one_line(self, label: str, text: str | None) -> str:
+        line = label + " ".join((text or "").split())
+        width = max(40, self.console.width)
+        return line if len(line) <= width else line[: width - 1] + "…"
+
+
+def _words(row: Row, words: dict[str, str]) -> str:
+    hidden = {"train/skipped_steps"} if not row.get("train/skipped_steps") else set()
+    return "  ".join(form.format(row[key]) for key, form in words.items() if key in row and key not in hidden)
