@@ -6,7 +6,7 @@ micro-batch. Nothing here uses MLX; arrays are numpy's.
 
 from .bpe import build_tokenizer
 from .collate import collate
-from .corpus import corpus
+from .corpus import corpus, training_format
 from .plan import PlannedBatch, bucket_lengths, plan_epoch
 from .rows import TokenizedRows
 from .splits import Splits, load_split, load_splits
@@ -24,4 +24,5 @@ __all__ = [
     "load_splits",
     "plan_epoch",
     "synthetic_rows",
+    "training_format",
 ]

@@ -53,12 +53,13 @@ def assistant_turns(
     Raises:
         ChatTemplateError: when a turn's place cannot be shown.
     """
-    turns = []
+    tokens = special_tokens(tokenizer)
+    turns: list[tuple[int, int, int]] = []
     for position, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
         start = _turn_start(tokenizer, messages, tools, text, position)
-        answer_stop, stop = _turn_stop(tokenizer, messages, tools, text, position)
+        answer_stop, stop = _turn_stop(tokenizer, tokens, messages, tools, text, position)
         if not start < answer_stop <= stop or (turns and start < turns[-1][2]):
             raise _cannot_find(position)
         turns.append((start, answer_stop, stop))
@@ -79,18 +80,31 @@ def _turn_start(tokenizer: Any, messages: list[dict], tools: list | None, text: 
     history = messages[:position]
     prompt = render_chat(tokenizer, history, tools, generate=True)
     header = _after_message(tokenizer, history, tools, prompt, before, generate=True)
-    return min(stop_before + _common_prefix(text[stop_before:], header), own_words)
+    num_matched = _common_prefix(text[stop_before:], header)
+    if header[num_matched:].strip() and stop_before + num_matched < own_words:
+        raise _cannot_find(position)  # something stands before the turn's words that the prompt has not
+    return min(stop_before + num_matched, own_words)
 
 
-def _turn_stop(tokenizer: Any, messages: list[dict], tools: list | None, text: str, position: int) -> tuple[int, int]:
+def _turn_stop(
+    tokenizer: Any, tokens: set[str], messages: list[dict], tools: list | None, text: str, position: int
+) -> tuple[int, int]:
     """Where the assistant's words end, and where the token that ends the turn does."""
     after = _after_message(tokenizer, messages, tools, text, position)
-    alone = messages[: position + 1]
-    closing = _after_message(tokenizer, alone, tools, render_chat(tokenizer, alone, tools), position)
-    closing = closing[: _common_prefix(closing, after)]
-    ends = [closing.index(token) + len(token) for token in special_tokens(tokenizer) if token in closing]
     answer_stop = len(text) - len(after)
-    return answer_stop, answer_stop + min(ends, default=len(closing))
+    alone = messages[: position + 1]
+    is_last = len(alone) == len(messages)
+    closing = after if is_last else _after_message(
+        tokenizer, alone, tools, render_chat(tokenizer, alone, tools), position
+    )
+    token_start = min((closing.index(token) for token in tokens if token in closing), default=-1)
+    if token_start < 0:
+        return answer_stop, answer_stop + _common_prefix(closing, after)
+    # The last turn of a chat may end with another token than the earlier ones (gpt-oss: <|return|> and <|end|>).
+    ends = [len(token) for token in tokens if after.startswith(token, token_start)]
+    if after[:token_start] != closing[:token_start] or not ends:
+        raise _cannot_find(position)
+    return answer_stop, answer_stop + token_start + max(ends)
 
 
 def special_tokens(tokenizer: Any) -> set[str]:

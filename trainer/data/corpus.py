@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from .formats import detect_format
 from .sources import open_split, parse_sources
 
 
@@ -27,3 +28,13 @@ def _strings(value: Any) -> Iterator[str]:
     elif isinstance(value, (list, tuple)):
         for part in value:
             yield from _strings(part)
+
+
+def training_format(data: Any, seed: int) -> str:
+    """The format of the training rows ("text", "completion", "chat" or "alpaca"), by the first row if it is auto."""
+    source = parse_sources(data.train, "data.train")[0]
+    chosen = source.format or data.format
+    if chosen != "auto":
+        return chosen
+    rows = open_split(source.path, (source.split or "train",), seed) or ()
+    return next(detect_format(raw.row, source.columns) for raw in rows if raw.row is not None)

@@ -7,7 +7,7 @@ be read raise `BadRow` with the reason; where the row came from is the caller's 
 import difflib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .chat import ChatTemplateError, assistant_turns, render_chat
@@ -153,7 +153,12 @@ def _render_chat(
         if spans or error.cannot_render:
             raise BadRow(str(error)) from error
         return Document(text, is_chat=True)
-    return Document(text, spans=tuple(Span(*turn) for turn in found), is_chat=True)
+    spans_found = [Span(*turn) for turn in found]
+    if spans_found and spans_found[-1].answer_stop == len(text):
+        # Left open by the template (GLM ends a turn with the next speaker's token): the EOS closes the row.
+        spans_found[-1] = replace(spans_found[-1], stop=len(text) + len(tokenizer.eos_token))
+        text += tokenizer.eos_token
+    return Document(text, spans=tuple(spans_found), is_chat=True)
 
 
 def _from_json(value: Any, name: str) -> Any:

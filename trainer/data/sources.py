@@ -1,44 +1,22 @@
 """Where rows come from: a local file, a folder of splits, a Hugging Face data set, or a generator.
 
-Opening a source gives `RowFile`s: each yields its rows with their place (file and line) and has a digest of its
-content. Nothing is parsed before it is iterated; `datasets` and `pyarrow` are imported only where needed.
+`open_split` finds a split of a source and gives the reader of its rows; nothing is read before it is iterated.
 """
 
-import csv
 import difflib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
+from .files import SUFFIXES, RawRow, RowFile, open_file
+from .hub import open_hub_split
 from .synthetic import SPLIT_ROWS, synthetic_rows
 
 VALID_NAMES = ("valid", "validation", "val", "dev")
-SUFFIXES = (".jsonl", ".parquet", ".csv")
 SYNTHETIC = "synthetic:"
-
-
-class RawRow(NamedTuple):
-    """A row and its place; `row` is None where it cannot be read, for `reason`."""
-
-    place: str
-    row: Mapping[str, Any] | None
-    reason: str = ""
-
-
-class RowFile(Protocol):
-    """The rows of one split of one source."""
-
-    @property
-    def name(self) -> str: ...
-
-    def digest(self) -> str:
-        """A hash that changes with the content."""
-        ...
-
-    def __iter__(self) -> Iterator[RawRow]: ...
 
 
 @dataclass(frozen=True)
@@ -112,108 +90,22 @@ def open_split(path: str, names: tuple[str, ...], seed: int) -> RowFile | None:
         return open_file(found) if found else None
     if local.is_file():
         return open_file(local) if "train" in names else None
-    raise ValueError(unknown_path(path, local))
+    if local.suffix in SUFFIXES or path.startswith((".", "/", "~")):
+        raise ValueError(f"There is no file or folder {path!r}.{_nearest(local)}")
+    try:
+        return open_hub_split(path, names)
+    except ValueError as error:
+        raise ValueError(f"{error}{_nearest(local)}") from error
 
 
-def open_file(path: Path) -> RowFile:
-    """The reader for a file's suffix.
-
-    Raises:
-        ValueError: when there is none.
-    """
-    readers = {".jsonl": JsonLines, ".parquet": Parquet, ".csv": Csv}
-    if path.suffix not in readers:
-        raise ValueError(f"{path} is not one of the files that can be read: {', '.join(SUFFIXES)}.")
-    return readers[path.suffix](path)
-
-
-def unknown_path(path: str, local: Path) -> str:
-    """The message for a path that leads nowhere, with what lies nearby."""
-    folder = local.parent
+def _nearest(missing: Path) -> str:
+    """A hint with the existing name that is nearest to the first missing part of a path."""
+    folder = missing.parent
     while not folder.is_dir():
         folder = folder.parent
-    wanted = local.relative_to(folder).parts[0]
+    wanted = missing.relative_to(folder).parts[0]
     near = difflib.get_close_matches(wanted, [item.name for item in folder.iterdir()], n=1)
-    hint = f" Nearest name in {folder}: {near[0]}." if near else ""
-    return f"There is no file, folder or data set {path!r}.{hint}"
-
-
-@dataclass(frozen=True)
-class JsonLines:
-    """One JSON object a line; empty lines are passed over."""
-
-    path: Path
-
-    @property
-    def name(self) -> str:
-        return str(self.path)
-
-    def digest(self) -> str:
-        return file_digest(self.path)
-
-    def __iter__(self) -> Iterator[RawRow]:
-        with self.path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                place = f"{self.path}:{number}"
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    yield RawRow(place, None, f"not JSON ({error})")
-                    continue
-                if isinstance(row, dict):
-                    yield RawRow(place, row)
-                else:
-                    yield RawRow(place, None, f"a row must be a JSON object, not {type(row).__name__}")
-
-
-@dataclass(frozen=True)
-class Csv:
-    """Comma-separated values under a header line; cells may span lines."""
-
-    path: Path
-
-    @property
-    def name(self) -> str:
-        return str(self.path)
-
-    def digest(self) -> str:
-        return file_digest(self.path)
-
-    def __iter__(self) -> Iterator[RawRow]:
-        with self.path.open(encoding="utf-8-sig", newline="") as lines:
-            reader = csv.DictReader(lines)
-            for row in reader:
-                place = f"{self.path}:{reader.line_num}"
-                if None in row or None in row.values():
-                    yield RawRow(place, None, f"the header has {len(reader.fieldnames or ())} cells, this row has not")
-                else:
-                    yield RawRow(place, row)
-
-
-@dataclass(frozen=True)
-class Parquet:
-    """A parquet file, read one batch of rows at a time."""
-
-    path: Path
-
-    @property
-    def name(self) -> str:
-        return str(self.path)
-
-    def digest(self) -> str:
-        return file_digest(self.path)
-
-    def __iter__(self) -> Iterator[RawRow]:
-        import pyarrow.parquet
-
-        number = 0
-        with pyarrow.parquet.ParquetFile(self.path) as table:
-            for batch in table.iter_batches():
-                for row in batch.to_pylist():
-                    number += 1
-                    yield RawRow(f"{self.path}:row {number}", row)
+    return f" Nearest name: {folder / near[0]}." if near else ""
 
 
 @dataclass(frozen=True)
@@ -234,9 +126,3 @@ class Synthetic:
     def __iter__(self) -> Iterator[RawRow]:
         for number, row in enumerate(synthetic_rows(self.dataset, self.split, self.seed), 1):
             yield RawRow(f"{self.name}:row {number}", row)
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file's bytes."""
-    with path.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()

@@ -14,10 +14,11 @@ import numpy as np
 
 from .cache import cache_folder, cache_key, cached_store, tokenizer_digest
 from .encode import EncodedRow, encode_documents
+from .files import RowFile
 from .formats import BadRow, Document, detect_format, render, resolve_loss_on
 from .plan import random_order
 from .rows import TokenizedRows, TokenStore
-from .sources import VALID_NAMES, RowFile, Source, open_split, parse_sources
+from .sources import VALID_NAMES, Source, open_split, parse_sources
 
 ROWS_AT_ONCE = 1000
 MAX_LISTED = 10

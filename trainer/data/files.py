@@ -1,0 +1,132 @@
+"""Files of rows: JSON lines, CSV and parquet.
+
+A reader yields every row with its place (file and line), also the rows it cannot read, and has a digest of its
+content. Nothing is parsed before it is iterated; `pyarrow` is imported only for parquet.
+"""
+
+import csv
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+SUFFIXES = (".jsonl", ".parquet", ".csv")
+
+
+class RawRow(NamedTuple):
+    """A row and its place; `row` is None where it cannot be read, for `reason`."""
+
+    place: str
+    row: Mapping[str, Any] | None
+    reason: str = ""
+
+
+class RowFile(Protocol):
+    """The rows of one split of one source."""
+
+    @property
+    def name(self) -> str: ...
+
+    def digest(self) -> str:
+        """A hash that changes with the content."""
+        ...
+
+    def __iter__(self) -> Iterator[RawRow]: ...
+
+
+def open_file(path: Path) -> RowFile:
+    """The reader for a file's suffix.
+
+    Raises:
+        ValueError: when there is none.
+    """
+    readers = {".jsonl": JsonLines, ".parquet": Parquet, ".csv": Csv}
+    if path.suffix not in readers:
+        raise ValueError(f"{path} is not one of the files that can be read: {', '.join(SUFFIXES)}.")
+    return readers[path.suffix](path)
+
+
+@dataclass(frozen=True)
+class JsonLines:
+    """One JSON object a line; empty lines are passed over."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return str(self.path)
+
+    def digest(self) -> str:
+        return file_digest(self.path)
+
+    def __iter__(self) -> Iterator[RawRow]:
+        with self.path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                place = f"{self.path}:{number}"
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    yield RawRow(place, None, f"not JSON ({error})")
+                    continue
+                if isinstance(row, dict):
+                    yield RawRow(place, row)
+                else:
+                    yield RawRow(place, None, f"a row must be a JSON object, not {type(row).__name__}")
+
+
+@dataclass(frozen=True)
+class Csv:
+    """Comma-separated values under a header line; cells may span lines."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return str(self.path)
+
+    def digest(self) -> str:
+        return file_digest(self.path)
+
+    def __iter__(self) -> Iterator[RawRow]:
+        with self.path.open(encoding="utf-8-sig", newline="") as lines:
+            reader = csv.DictReader(lines)
+            for row in reader:
+                place = f"{self.path}:{reader.line_num}"
+                if None in row or None in row.values():
+                    yield RawRow(place, None, f"the header has {len(reader.fieldnames or ())} cells, this row has not")
+                else:
+                    yield RawRow(place, row)
+
+
+@dataclass(frozen=True)
+class Parquet:
+    """A parquet file, read one batch of rows at a time."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return str(self.path)
+
+    def digest(self) -> str:
+        return file_digest(self.path)
+
+    def __iter__(self) -> Iterator[RawRow]:
+        import pyarrow.parquet
+
+        number = 0
+        with pyarrow.parquet.ParquetFile(self.path) as table:
+            for batch in table.iter_batches():
+                for row in batch.to_pylist():
+                    number += 1
+                    yield RawRow(f"{self.path}:row {number}", row)
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes."""
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
