@@ -2,3 +2,5 @@
 
 Nothing is imported here: `--help` and `validate` stay quick, and each verb imports what it needs.
 """
+
+__version__ = "0.1.0"

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import mlx.core as mx
 
 import comm
+from trainer import __version__
 
 Result = TypeVar("Result")
 EXPECTED = (ValueError, OSError)
@@ -51,8 +52,8 @@ def require_same(world: comm.Group, digests: dict[str, Any]) -> None:
     Raises:
         ValueError: they differ; names the things, the hosts and what each has.
     """
-    versions = {f"version of {name}": version(name) for name in ("mlx", "mlx-lm", "mlx-trainer")}
-    mine = versions | digests
+    mine = {f"version of {name}": version(name) for name in ("mlx", "mlx-lm")}
+    mine |= {"version of mlx-trainer": __version__} | digests
     everyone = comm.all_gather_object([socket.gethostname(), mine], world)
     lines = []
     for name in mine:

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import mlx.core as mx
@@ -18,9 +18,10 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 import comm
 from parallel import DataParallel
 from trainer.adapters import load_into, read_adapter
+from trainer.agreement import together
 from trainer.batches import Share, TrainingBatches
 from trainer.config import Recipe
-from trainer.data import Splits, bucket_lengths, corpus, load_splits, plan_epoch
+from trainer.data import Splits, TokenizedRows, bucket_lengths, corpus, load_splits, plan_epoch
 from trainer.evaluation import Evaluator
 from trainer.loading import BaseModel, materialize, open_model, open_tokenizer
 from trainer.lora import DropoutKeys, LoRASpec, attach, find_targets
@@ -44,9 +45,6 @@ class Parts:
         base: the model and its config; adapters and wrappers are in place.
         adapter: modules and shape of the adapters, or None for full fine-tuning.
         loss: the loss function for `parallel.value_and_grad`.
-        batches: the steps' inputs on this rank.
-        optimizer: holds moments and master weights.
-        identity: what a checkpoint must agree on to be continued, by recipe key.
     """
 
     recipe: Recipe
@@ -58,9 +56,6 @@ class Parts:
     base: BaseModel
     adapter: LoRASpec | None
     loss: TokenLoss
-    batches: TrainingBatches
-    optimizer: Optimizer
-    identity: dict[str, Any]
 
     @property
     def model(self) -> nn.Module:
@@ -72,20 +67,54 @@ class Parts:
         """Optimizer updates of the whole run."""
         return self.recipe.max_steps or self.recipe.epochs * self.batches.steps_per_epoch
 
-    def evaluator(self) -> Evaluator:
-        """Measures the model on the validation rows, which must be there."""
-        assert self.splits.valid is not None, "there are no validation rows"
+    @cached_property
+    def optimizer(self) -> Optimizer:
+        """Holds moments and master weights."""
+        return Optimizer(self.model.trainable_parameters(), self.recipe.optimizer)
+
+    @cached_property
+    def batches(self) -> TrainingBatches:
+        """The steps' inputs on this rank."""
+        return training_batches(self.recipe, self.splits, self.share, pad_token(self.tokenizer))
+
+    @property
+    def share(self) -> Share:
+        """This rank's part of a global batch."""
+        return Share(self.data_group.rank, self.batch.dp, self.batch.per_device, self.batch.accumulation)
+
+    @property
+    def data_group(self) -> comm.Group:
+        """The ranks that see different rows."""
+        return self.world
+
+    def evaluator(self, rows: TokenizedRows) -> Evaluator:
+        """Measures the model on `rows`."""
         return Evaluator(
             self.model,
             self.tokenizer,
             self.loss,
-            self.splits.valid,
+            rows,
             self.recipe.eval,
-            self.batches.share,
-            self.world,
+            self.share,
+            self.data_group,
             max_seq_len=self.recipe.data.max_seq_len,
-            pad_id=self.batches.pad_id,
+            pad_id=pad_token(self.tokenizer),
         )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a checkpoint to be continued, by the recipe key that a user would change."""
+        data = self.recipe.data
+        return {
+            "model": _digest(self.base.config),
+            "method": self.recipe.method,
+            "lora": _digest(asdict(self.adapter)) if self.adapter else None,
+            "data": self.splits.train.digest,
+            "data.order": [data.shuffle, data.group_by_length, data.max_seq_len],
+            "seed": self.recipe.seed,
+            "global_batch_size": self.batch.global_size,
+            "optimizer.name": self.recipe.optimizer.name,
+        }
 
     def digests(self) -> dict[str, str]:
         """What must be equal on all ranks, for `agreement.require_same`."""
@@ -110,38 +139,34 @@ def build(recipe: Recipe, world: comm.Group, notice: Notice) -> Parts:
         ValueError: something in the recipe cannot be done; the text says what and what is allowed.
     """
     mesh = resolve_mesh(recipe.parallel, world.size)
+    parts = together(world, partial(_build_alone, recipe, world, mesh, notice))
+    DataParallel(parts.model, world, wire_dtype=_wire_dtype(recipe), bucket_bytes=_bucket_bytes(recipe))
+    parts.model.train()
+    return parts
+
+
+def _build_alone(recipe: Recipe, world: comm.Group, mesh: MeshSizes, notice: Notice) -> Parts:
+    """All that a rank builds without the others."""
     batch = resolve_batch(recipe, mesh.dp)
     tokenizer = open_tokenizer(recipe.model, partial(corpus, recipe.data, recipe.seed))
     splits = load_splits(recipe.data, tokenizer, recipe.seed, notice=notice)
     base = open_model(recipe.model, len(tokenizer), recipe.seed)
     keys = DropoutKeys()
-    adapter = prepare_method(recipe, base.model, keys)
+    adapter = prepare_method(recipe, base, keys)
     materialize(base.model)
-    DataParallel(base.model, world, wire_dtype=_wire_dtype(recipe), bucket_bytes=_bucket_bytes(recipe))
-    base.model.train()
-    return Parts(
-        recipe=recipe,
-        world=world,
-        mesh=mesh,
-        batch=batch,
-        tokenizer=tokenizer,
-        splits=splits,
-        base=base,
-        adapter=adapter,
-        loss=TokenLoss(keys),
-        batches=training_batches(recipe, splits, batch, world.rank, tokenizer),
-        optimizer=Optimizer(base.model.trainable_parameters(), recipe.optimizer),
-        identity=identity(recipe, splits, batch, base),
-    )
+    return Parts(recipe, world, mesh, batch, tokenizer, splits, base, adapter, TokenLoss(keys))
 
 
-def prepare_method(recipe: Recipe, model: nn.Module, keys: DropoutKeys) -> LoRASpec | None:
+def prepare_method(recipe: Recipe, base: BaseModel, keys: DropoutKeys) -> LoRASpec | None:
     """Make the recipe's parameters trainable and all others frozen; returns the adapters' spec, if any.
 
     Raises:
         ValueError: nothing would be trainable, or the adapters do not fit the model.
     """
+    model = base.model
     if recipe.method == "full":
+        if "quantization" in base.config:
+            raise ValueError("method: full cannot train quantized weights; use method: lora, or an unquantized model.")
         model.unfreeze()
         _require_trainable(model, "method: full")
         return None
@@ -160,12 +185,9 @@ def prepare_method(recipe: Recipe, model: nn.Module, keys: DropoutKeys) -> LoRAS
     return spec
 
 
-def training_batches(
-    recipe: Recipe, splits: Splits, batch: BatchSizes, dp_rank: int, tokenizer: TokenizerWrapper
-) -> TrainingBatches:
+def training_batches(recipe: Recipe, splits: Splits, share: Share, pad_id: int) -> TrainingBatches:
     """The steps' inputs of one data-parallel rank."""
     data = recipe.data
-    share = Share(dp_rank, batch.dp, batch.per_device, batch.accumulation)
     lengths = splits.train.lengths
     buckets = bucket_lengths(lengths, data.max_seq_len)
 
@@ -181,7 +203,7 @@ def training_batches(
             buckets=buckets,
         )
 
-    return TrainingBatches(splits.train, planner, share, recipe.seed, pad_token(tokenizer))
+    return TrainingBatches(splits.train, planner, share, recipe.seed, pad_id)
 
 
 def pad_token(tokenizer: TokenizerWrapper) -> int:
@@ -190,21 +212,6 @@ def pad_token(tokenizer: TokenizerWrapper) -> int:
         if token is not None:
             return token
     return 0
-
-
-def identity(recipe: Recipe, splits: Splits, batch: BatchSizes, base: BaseModel) -> dict[str, Any]:
-    """What must be the same for a checkpoint to be continued, by the recipe key that a user would change."""
-    lora = asdict(recipe.lora) if recipe.method != "full" else None
-    return {
-        "model": _digest(base.config),
-        "method": recipe.method,
-        "lora": lora,
-        "data": splits.train.digest,
-        "data.order": [recipe.data.shuffle, recipe.data.group_by_length, recipe.data.max_seq_len],
-        "seed": recipe.seed,
-        "global_batch_size": batch.global_size,
-        "optimizer.name": recipe.optimizer.name,
-    }
 
 
 def _digest(value: Any) -> str:

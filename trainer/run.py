@@ -15,6 +15,7 @@ from parallel import value_and_grad
 from parallel.layout import gather_tensors, model_layout
 from trainer import resume
 from trainer.agreement import require_same, together
+from trainer.blas import load_fast_blas
 from trainer.build import Parts, build
 from trainer.checkpoint import CheckpointFolder
 from trainer.config import Recipe
@@ -34,8 +35,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 def main(arguments: argparse.Namespace) -> int:
     """Run a recipe; returns the exit code: 0 done, 128 + signal when a signal ended it."""
     recipe = load_recipe(arguments.recipe, arguments.overrides)
+    hint = load_fast_blas()
     world = comm.init(recipe.parallel.backend if isinstance(recipe.parallel.backend, str) else "any")
-    return train(recipe, world, Stop().install())
+    return train(recipe, world, Stop().install(), [hint] if hint else [])
 
 
 class Stop:
@@ -56,10 +58,19 @@ class Stop:
         self.number = number
 
 
-def train(recipe: Recipe, world: comm.Group, stop: Stop) -> int:
-    """Build, resume, train, write the result."""
+def train(recipe: Recipe, world: comm.Group, stop: Stop, notices: list[str]) -> int:
+    """Build, resume, train, write the result.
+
+    Args:
+        recipe: a checked recipe.
+        world: all ranks.
+        stop: remembers signals.
+        notices: lines to show when the run is introduced.
+
+    Returns:
+        The exit code.
+    """
     output_dir = Path(recipe.output_dir) if world.rank == 0 else None
-    notices: list[str] = []
     parts = build(recipe, world, notices.append)
     require_same(world, parts.digests())
     folder = CheckpointFolder(output_dir and output_dir / "checkpoints", recipe.checkpoint.keep_last)
@@ -132,7 +143,7 @@ def write_result(parts: Parts, output_dir: Path | None) -> None:
 def _evaluation(parts: Parts, metrics: Metrics) -> Callable[[int], dict[str, float]]:
     if parts.splits.valid is None:
         return lambda step: {}
-    evaluator = parts.evaluator()
+    evaluator = parts.evaluator(parts.splits.valid)
 
     def evaluate(step: int) -> dict[str, float]:
         measured, answers = evaluator.run()

@@ -7,6 +7,7 @@ micro-batch. Nothing here uses MLX; arrays are numpy's.
 from .bpe import build_tokenizer
 from .collate import collate
 from .corpus import corpus, training_format
+from .packing import plan_packed
 from .plan import PlannedBatch, bucket_lengths, plan_epoch
 from .rows import TokenizedRows
 from .splits import Splits, load_split, load_splits
@@ -23,6 +24,7 @@ __all__ = [
     "load_split",
     "load_splits",
     "plan_epoch",
+    "plan_packed",
     "synthetic_rows",
     "training_format",
 ]

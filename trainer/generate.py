@@ -1,0 +1,99 @@
+"""`python -m trainer generate`: answers of a run's result to a prompt, to held-out rows, or to a chat.
+
+All ranks generate in step; rank 0 reads what is typed and prints.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+
+from mlx_lm.generate import stream_generate
+from mlx_lm.sample_utils import make_sampler
+
+import comm
+from trainer.answers import answer_rows
+from trainer.blas import load_fast_blas
+from trainer.build import Parts, build
+from trainer.data import training_format
+from trainer.result import load_result, recipe_of
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Generate from `arguments.target`; returns the exit code."""
+    recipe = recipe_of(arguments.target, arguments.overrides)
+    if arguments.max_new_tokens:
+        recipe = replace(recipe, eval=replace(recipe.eval, max_new_tokens=arguments.max_new_tokens))
+    load_fast_blas()
+    world = comm.init()
+    parts = build(recipe, world, lambda line: print(line, file=sys.stderr))
+    if arguments.rows:
+        _compare_rows(parts, arguments)
+        return 0
+    load_result(parts, arguments.target, lambda line: print(line, file=sys.stderr))
+    parts.model.eval()
+    if arguments.prompt is not None:
+        _answer(parts, [{"role": "user", "content": arguments.prompt}], arguments.temperature)
+        return 0
+    return _chat(parts, arguments.temperature)
+
+
+def _compare_rows(parts: Parts, arguments: argparse.Namespace) -> None:
+    """Held-out rows, answered before and after training."""
+    rows = parts.splits.valid
+    if rows is None:
+        raise ValueError(f"{arguments.target!r} was trained without validation rows; set data.valid=PATH.")
+    limit = parts.recipe.eval.max_new_tokens
+    chosen = [i for i in range(len(rows)) if rows.prompt(i) is not None][: arguments.rows]
+    if not chosen:
+        raise ValueError("The validation rows are plain text, without an answer to compare with; use --prompt.")
+    before = answer_rows(parts.model, parts.tokenizer, rows, chosen, limit, parts.data_group)
+    load_result(parts, arguments.target, lambda line: print(line, file=sys.stderr))
+    after = answer_rows(parts.model, parts.tokenizer, rows, chosen, limit, parts.data_group)
+    if parts.world.rank != 0:
+        return
+    for base, tuned in zip(before, after):
+        print(f"prompt    {tuned.prompt}\nexpected  {tuned.expected}\nbase      {base.given.strip()}")
+        print(f"tuned     {tuned.given.strip()}\n")
+
+
+def _chat(parts: Parts, temperature: float) -> int:
+    """Answer each line that rank 0 reads, keeping the conversation where the rows are chats; ends with the input."""
+    messages: list[dict[str, str]] = []
+    is_chat = training_format(parts.recipe.data, parts.recipe.seed) == "chat"
+    for line in _typed_lines(parts.world):
+        messages = [*(messages if is_chat else []), {"role": "user", "content": line}]
+        messages.append({"role": "assistant", "content": _answer(parts, messages, temperature)})
+    return 0
+
+
+def _typed_lines(world: comm.Group) -> Iterator[str]:
+    """Rank 0's lines, on every rank."""
+    while True:
+        if world.rank == 0 and sys.stdin.isatty():
+            print("> ", end="", flush=True)
+        line = sys.stdin.readline() if world.rank == 0 else ""
+        line = comm.broadcast_object(line, world)
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def _answer(parts: Parts, messages: list[dict[str, str]], temperature: float) -> str:
+    """Generate the next answer, printing as it comes; prompts are written as the training rows were."""
+    tokenizer = parts.tokenizer
+    if training_format(parts.recipe.data, parts.recipe.seed) == "chat":
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    else:
+        prompt = tokenizer.encode(messages[-1]["content"])
+    text = ""
+    sampler = make_sampler(temp=temperature)
+    limit = parts.recipe.eval.max_new_tokens
+    for response in stream_generate(parts.model, tokenizer, prompt, max_tokens=limit, sampler=sampler):
+        text += response.text
+        if parts.world.rank == 0:
+            print(response.text, end="", flush=True)
+    if parts.world.rank == 0:
+        print()
+    return text

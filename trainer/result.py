@@ -1,0 +1,76 @@
+"""Open what a run left: its output folder, or one of its checkpoints."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_unflatten
+
+from parallel.layout import model_layout, slice_tensors
+from trainer.agreement import broadcast_tensors, together
+from trainer.build import Notice, Parts
+from trainer.checkpoint import CheckpointFolder, open_checkpoint
+from trainer.config import Recipe
+from trainer.output import ADAPTERS_FILE
+from trainer.recipe import load_recipe
+
+
+def recipe_of(target: str, overrides: list[str]) -> Recipe:
+    """The resolved recipe that belongs to a run's folder or checkpoint.
+
+    Raises:
+        ValueError: there is none.
+    """
+    path = Path(target)
+    if not path.is_dir():
+        raise ValueError(f"{target!r} is no folder; give a run's output folder or one of its checkpoints.")
+    for folder in (path, path.parent.parent):
+        if (folder / "recipe.yaml").is_file():
+            return replace(load_recipe(folder / "recipe.yaml", overrides), output_dir=str(folder))
+    raise ValueError(f"{target!r} holds no recipe.yaml; give a run's output folder or one of its checkpoints.")
+
+
+def load_result(parts: Parts, target: str, notice: Notice) -> None:
+    """Load a run's tensors into a model built from its recipe; rank 0 reads, the others receive.
+
+    Args:
+        parts: built from `recipe_of(target)`.
+        target: the output folder (its final result, else its newest checkpoint) or a checkpoint.
+        notice: gets one line for each checkpoint that is passed over.
+
+    Raises:
+        ValueError: there is nothing to load.
+    """
+    world = parts.world
+    tensors = together(world, lambda: _read(Path(target), notice) if world.rank == 0 else None)
+    layout = model_layout(parts.model)
+    known = dict(tree_flatten(parts.model.parameters()))
+    loaded = []
+    for name, value in slice_tensors(layout, broadcast_tensors(world, tensors)):
+        if name not in known:
+            raise ValueError(f"{target!r} holds {name!r}, which the recipe's model does not have.")
+        loaded.append((name, value.astype(known[name].dtype)))
+    parts.model.update(tree_unflatten(loaded))
+
+
+def _read(path: Path, notice: Notice) -> dict[str, mx.array]:
+    if (path / "state.json").is_file():
+        return _checkpoint(path)
+    if (path / ADAPTERS_FILE).is_file():
+        return mx.load(str(path / ADAPTERS_FILE))
+    if (path / "model").is_dir():
+        shards = sorted((path / "model").glob("model*.safetensors"))
+        return {name: value for shard in shards for name, value in mx.load(str(shard)).items()}
+    newest = CheckpointFolder(path / "checkpoints", None).newest(notice)
+    if newest is None:
+        raise ValueError(f"{str(path)!r} holds no result and no whole checkpoint yet.")
+    notice(f"{path} has no final result; using its checkpoint of step {newest.step}.")
+    return newest.tensors("weights")
+
+
+def _checkpoint(path: Path) -> dict[str, mx.array]:
+    try:
+        return open_checkpoint(path).tensors("weights")
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
+
