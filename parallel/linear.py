@@ -350,5 +350,5 @@ def extend_class(module: nn.Module, mixin: type) -> None:
 
 @lru_cache(maxsize=None)
 def _extended(mixin: type, base: type) -> type:
-    name = mixin.__name__.removesuffix("Linear") + base.__name__
+    name = mixin.__name__.removesuffix("Linear").removesuffix("Embedding") + base.__name__
     return type(name, (mixin, base), {"__module__": base.__module__})

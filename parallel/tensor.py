@@ -87,7 +87,8 @@ class SplitRegion:
 
     def slots(self, block: nn.Module) -> list[Slot]:
         """The parameters below `block` whose gradients on one rank are only a part."""
-        children = [child_at(block, path) for path in self._linears]
+        children = [child_at(block, path) for path in (*self._linears, *self._whole)]
+        # Adapters may have taken the place of a child since the last call.
         if len(children) != len(self._seen) or any(a is not b for a, b in zip(children, self._seen)):
             self._slots = self._find_slots(block)
             self._seen = children
