@@ -14,19 +14,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from trainer.storage import (
-    MAX_SHARD_BYTES,
-    TMP_SUFFIX,
-    FileRecord,
-    NamedTensors,
-    atomic_folder,
-    consume,
-    explain,
-    file_record,
-    remove,
-    write_json,
-    write_tensors,
-)
+from trainer.storage import TMP_SUFFIX, FileRecord, atomic_folder, explain, file_record, remove, write_json
+from trainer.tensor_files import MAX_SHARD_BYTES, NamedTensors, consume, write_tensors
 
 STATE_FILE = "state.json"
 MANIFEST_FILE = "manifest.json"
@@ -34,7 +23,7 @@ MANIFEST_FORMAT = 1
 STEP_NAME = re.compile(r"step-(\d{7,})")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(OSError):
     """A checkpoint that could not be written, or that is not whole."""
 
 
@@ -95,8 +84,8 @@ class CheckpointFolder:
 
         Args:
             step: Optimizer updates done.
-            files: Set name -> (tensor name, array) pairs. Give lazy arrays where a tensor has to be gathered: each is
-                evaluated only when its turn comes, and dropped. Same sets in the same order on every rank.
+            files: Set name -> (tensor name, array) pairs, the same sets in the same order on every rank. Pairs are
+                asked for one at a time, each written before the next, so a generator may gather them.
             state: JSON-able.
 
         Returns:
@@ -115,7 +104,8 @@ class CheckpointFolder:
             with atomic_folder(target) as tmp:
                 records = {}
                 for name in files:
-                    records |= write_tensors(tmp, name, remaining.pop(name), self.max_shard_bytes)
+                    tensors = remaining.pop(name)
+                    records |= write_tensors(tmp, name, tensors, max_shard_bytes=self.max_shard_bytes)
                 _write_state(tmp, step, state, records)
         except OSError as error:
             for tensors in remaining.values():

@@ -14,15 +14,12 @@ from typing import Protocol
 
 from mlx_lm.utils import save_config
 
-from trainer.storage import (
+from trainer.storage import atomic_file, atomic_folder, sync_files, write_json
+from trainer.tensor_files import (
     MAX_SHARD_BYTES,
     NamedTensors,
-    atomic_file,
-    atomic_folder,
     consume,
-    sync_files,
     tensor_sizes,
-    write_json,
     write_tensor_file,
     write_tensors,
 )
@@ -77,7 +74,7 @@ def write_adapters(output_dir: Path | None, tensors: NamedTensors, config: dict[
 
     Args:
         output_dir: The run's folder; None on ranks without a disk.
-        tensors: Full (unsharded) adapter tensors under mlx-lm's names; lazy ones are evaluated one at a time.
+        tensors: Full (unsharded) adapter tensors under mlx-lm's names.
         config: From ``adapter_config``; further JSON-able keys are kept.
 
     Raises:
@@ -105,7 +102,7 @@ def write_model(
 
     Args:
         folder: The model folder, replaced as a whole; None on ranks without a disk.
-        tensors: Full (unsharded) parameters under mlx-lm's names; lazy ones are evaluated one at a time.
+        tensors: Full (unsharded) parameters under mlx-lm's names, asked for one at a time.
         config: The model's config as ``mlx_lm`` loaded it; a ``quantization`` entry is kept.
         tokenizer: Saved beside the weights.
         source: Folder of the base model. Its ``generation_config.json`` and Python files (custom architectures) are
@@ -119,7 +116,7 @@ def write_model(
         consume(tensors)
         return
     with atomic_folder(folder) as tmp:
-        shards = write_tensors(tmp, "model", tensors, max_shard_bytes)
+        shards = write_tensors(tmp, "model", tensors, max_shard_bytes=max_shard_bytes)
         write_json(tmp / "model.safetensors.index.json", _index(tmp, shards))
         tokenizer.save_pretrained(str(tmp))
         if source is not None:

@@ -9,7 +9,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from parallel.layout import model_layout, slice_tensors
 from trainer.agreement import broadcast_tensors, together
 from trainer.build import Notice, Parts
-from trainer.checkpoint import CheckpointFolder, open_checkpoint
+from trainer.checkpoint import CheckpointError, CheckpointFolder, open_checkpoint
 from trainer.config import Recipe
 from trainer.output import ADAPTERS_FILE
 from trainer.recipe import load_recipe
@@ -71,6 +71,6 @@ def _read(path: Path, notice: Notice) -> dict[str, mx.array]:
 def _checkpoint(path: Path) -> dict[str, mx.array]:
     try:
         return open_checkpoint(path).tensors("weights")
-    except RuntimeError as error:
+    except CheckpointError as error:
         raise ValueError(str(error)) from error
 

@@ -16,7 +16,7 @@ import comm
 from parallel.layout import ParameterLayout, gather_tensors, model_layout, slice_tensors
 from trainer.agreement import broadcast_tensors, together
 from trainer.build import Parts
-from trainer.checkpoint import Checkpoint, CheckpointFolder
+from trainer.checkpoint import Checkpoint, CheckpointError, CheckpointFolder
 from trainer.config import Recipe
 from trainer.loop import Progress
 
@@ -42,7 +42,8 @@ def save(parts: Parts, folder: CheckpointFolder, progress: Progress) -> None:
         "mesh": asdict(parts.mesh),
         "seed": parts.recipe.seed,
     }
-    folder.save(progress.step, files, state)
+    # A save that fails on rank 0 still takes part in every gather, so the ranks can agree about it afterwards.
+    together(parts.world, lambda: folder.save(progress.step, files, state))
 
 
 def find(recipe: Recipe, folder: CheckpointFolder, world: comm.Group, notice: Notice) -> Checkpoint | None:
@@ -59,7 +60,7 @@ def find(recipe: Recipe, folder: CheckpointFolder, world: comm.Group, notice: No
             return folder.newest(notice)
         try:
             return folder.open(Path(recipe.checkpoint.resume))
-        except RuntimeError as error:
+        except CheckpointError as error:
             raise ValueError(f"checkpoint.resume: {error}") from error
 
     return together(world, look)

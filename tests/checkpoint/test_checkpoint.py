@@ -14,6 +14,7 @@ import pytest
 from safetensors import safe_open
 
 from trainer.checkpoint import CheckpointError, CheckpointFolder
+from trainer.tensor_files import write_tensors
 
 
 def tensors_of(step: int) -> dict[str, mx.array]:
@@ -77,7 +78,9 @@ def test_tensors_are_evaluated_one_at_a_time_in_order(tmp_path: Path) -> None:
 
     def gathers() -> Iterator[tuple[str, mx.array]]:
         for index in range(16):
-            yield f"tensor.{index}", mx.full((big // 4,), index, dtype=mx.float32) * 2
+            full = mx.full((big // 4,), index, dtype=mx.float32) * 2
+            mx.eval(full)
+            yield f"tensor.{index}", full
 
     folder = CheckpointFolder(tmp_path, keep_last=1, max_shard_bytes=8 * big)
     mx.clear_cache()
@@ -90,6 +93,18 @@ def test_tensors_are_evaluated_one_at_a_time_in_order(tmp_path: Path) -> None:
     assert shards == ["weights-00001-of-00002.safetensors", "weights-00002-of-00002.safetensors"]
     found = folder.open(path).tensors("weights")
     assert [found[f"tensor.{i}"][0].item() for i in range(16)] == [2 * i for i in range(16)]
+
+
+def test_many_tensors_in_little_room_for_the_header(tmp_path: Path) -> None:
+    """A header that runs into the first tensor."""
+    tensors = {f"layers.{i}.weight": mx.full((3,), i) for i in range(40)}
+    records = write_tensors(tmp_path, "weights", tensors.items(), header_room_bytes=1024)
+    assert len(records) > 3
+    loaded = {key: value for name in records for key, value in mx.load(str(tmp_path / name)).items()}
+    assert set(loaded) == set(tensors)
+    assert all(mx.array_equal(loaded[key], value) for key, value in tensors.items())
+    with pytest.raises(ValueError, match="two tensors are named 'a'"):
+        write_tensors(tmp_path, "twice", [("a", mx.zeros(1)), ("a", mx.ones(1))])
 
 
 def test_rank_without_a_disk_evaluates_the_same_tensors(tmp_path: Path) -> None:
