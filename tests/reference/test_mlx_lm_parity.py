@@ -17,10 +17,7 @@ from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.trainer import TrainingArgs
 from mlx_lm.tuner.trainer import train as mlx_lm_train
 from mlx_lm.tuner.utils import linear_to_lora_layers
-
-import comm
-from trainer.recipe import load_recipe
-from trainer.run import Stop, train
+from training import train_with_recipe
 
 DATA = Path(__file__).parent / "data"
 MODEL = DATA / "qwen3"
@@ -107,10 +104,7 @@ def trainer_losses(method: str, texts: list[str], folder: Path) -> list[float]:
         lr=LEARNING_RATE,
         output=folder / "output",
     )
-    (folder / "recipe.yaml").write_text(recipe)
-    assert train(load_recipe(folder / "recipe.yaml", []), comm.solo(), Stop()) == 0, "the run did not finish"
-    rows = map(json.loads, (folder / "output" / "metrics.jsonl").read_text().splitlines())
-    return [row["train/loss"] for row in rows if "train/loss" in row]
+    return [row["train/loss"] for row in train_with_recipe(recipe, folder)]
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

@@ -8,10 +8,7 @@ import json
 from pathlib import Path
 
 import pytest
-
-import comm
-from trainer.recipe import load_recipe
-from trainer.run import Stop, train
+from training import train_with_recipe
 
 DATA = Path(__file__).parent / "data"
 CURVES = json.loads((DATA / "curves.json").read_text())
@@ -49,18 +46,11 @@ def recipe_text(run: str, output: Path) -> str:
     )
 
 
-def train_rows(run: str, folder: Path) -> list[dict]:
-    """Train as the reference run did; returns the rows of metrics.jsonl that hold a training loss."""
-    (folder / "recipe.yaml").write_text(recipe_text(run, folder / "output"))
-    assert train(load_recipe(folder / "recipe.yaml", []), comm.solo(), Stop()) == 0, f"{run} did not finish"
-    rows = map(json.loads, (folder / "output" / "metrics.jsonl").read_text().splitlines())
-    return [row for row in rows if "train/loss" in row]
-
-
 @pytest.fixture(scope="module", params=RUNS)
 def run(request, tmp_path_factory) -> tuple[str, list[dict]]:
     """Name of a reference run and the trainer's rows for it."""
-    return request.param, train_rows(request.param, tmp_path_factory.mktemp(request.param))
+    folder = tmp_path_factory.mktemp(request.param)
+    return request.param, train_with_recipe(recipe_text(request.param, folder / "output"), folder)
 
 
 def largest_difference(rows: list[dict], key: str, reference: list[float]) -> tuple[float, int]:
