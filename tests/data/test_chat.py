@@ -98,8 +98,9 @@ def test_tool_calls_are_targets_and_results_are_not():
         "{{ messages | length }}{% for m in messages %}{{ m.content[:2] }}{% endfor %}",
         "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|bot|>' }}{% endif %}",
+        "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}{{ messages[0].content | length }}",
     ],
-    ids=["leaves content out", "says it twice", "cuts it", "another prompt than it renders"],
+    ids=["leaves content out", "says it twice", "cuts it", "another prompt than it renders", "what follows depends"],
 )
 def test_turns_that_cannot_be_shown_are_refused(template, tmp_path):
     """Catches guessing: where a template hides its turns, the row is refused with what to do instead."""
@@ -140,11 +141,11 @@ def test_token_masks_spell_the_turns(tmp_path, template, expected):
 
 def test_none_from_tables_is_not_shown_to_the_template(tmp_path):
     """Catches Arrow's None-filled keys, which templates print or take for a tool call."""
-    tokenizer = small_tokenizer(SPECIAL, CHATML)
+    tokenizer = small_tokenizer(SPECIAL, "{% for m in messages %}{{ m | tojson }}{% endfor %}{{ tools }}")
     filled = [message | {"tool_calls": None, "name": None} for message in PLAIN]
     paths = [write_rows(tmp_path / f"{number}.jsonl", [{"messages": messages, "tools": tools}])
              for number, (messages, tools) in enumerate(((PLAIN, "[]"), (filled, None)))]
-    digests = {load_splits(config(train=str(path), max_seq_len=256), tokenizer, 0).train.digest for path in paths}
+    digests = {load_splits(config(train=str(path), loss_on="all"), tokenizer, 0).train.digest for path in paths}
     assert len(digests) == 1
 
 

@@ -48,10 +48,10 @@ def test_prompt_is_a_prefix_of_the_row_even_where_a_token_would_straddle(tokeniz
     """Catches tokens merged over the border: generation would start from tokens that training never saw."""
     word = max((token for token in tokenizer.get_vocab() if token.isascii() and token.isalpha()), key=len)
     assert len(tokenizer(word)["input_ids"]) == 1, "the test needs a word that is one token"
-    rows = load([{"prompt": word[:1], "completion": word[1:]}])
+    rows = load([{"prompt": word[:1], "completion": word[1:] + " 7"}])
     prompt, answer = rows.prompt(0)
     assert prompt.tolist() == tokenizer(word[:1])["input_ids"] == rows.tokens(0)[: len(prompt)].tolist()
-    assert answer == word[1:]
+    assert answer == word[1:] + " 7"
 
 
 def test_tokenizer_that_adds_tokens_by_itself(tmp_path):

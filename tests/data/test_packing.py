@@ -92,6 +92,12 @@ def test_epochs_mix_other_documents():
     assert meetings[0] == meetings[2] != meetings[1]
 
 
+def test_epochs_have_equally_many_steps():
+    """Catches a step count that depends on the order of the rows: schedules and resuming count on one number."""
+    assert len({len(plan(epoch=epoch)) for epoch in range(6)}) == 1
+    assert len(plan(shuffle=False)) == len(plan())
+
+
 def test_refusals():
     """Catches a row that is longer than a line, which would be cut without a word."""
     with pytest.raises(ValueError, match="A row has 300 tokens"):

@@ -13,11 +13,7 @@ PROBE = "\ue000"  # private use: no chat contains it, no template treats it as w
 
 
 class ChatTemplateError(ValueError):
-    """The template cannot render a chat (`cannot_render`), or its turns cannot be found in the text."""
-
-    def __init__(self, message: str, cannot_render: bool = False):
-        super().__init__(message)
-        self.cannot_render = cannot_render
+    """The template cannot render a chat, or its turns cannot be found in the text."""
 
 
 def render_chat(tokenizer: Any, messages: list[dict], tools: list | None, generate: bool = False) -> str:
@@ -32,13 +28,13 @@ def render_chat(tokenizer: Any, messages: list[dict], tools: list | None, genera
         ChatTemplateError: when the tokenizer has no chat template, or the template refuses the chat.
     """
     if getattr(tokenizer, "chat_template", None) is None and not getattr(tokenizer, "has_chat_template", False):
-        raise ChatTemplateError("the tokenizer has no chat template", cannot_render=True)
+        raise ChatTemplateError("the tokenizer has no chat template")
     import jinja2
 
     try:
         return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=generate)
     except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-        raise ChatTemplateError(f"the chat template refuses it: {error}", cannot_render=True) from error
+        raise ChatTemplateError(f"the chat template refuses it: {error}") from error
 
 
 def assistant_turns(

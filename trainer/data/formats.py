@@ -148,9 +148,12 @@ def _render_chat(
     messages = [_without_none(message) | {"content": message.get("content")} for message in messages]
     try:
         text = render_chat(tokenizer, messages, tools)
+    except ChatTemplateError as error:
+        raise BadRow(str(error)) from error
+    try:
         found = assistant_turns(tokenizer, messages, tools, text)
     except ChatTemplateError as error:
-        if spans or error.cannot_render:
+        if spans:
             raise BadRow(str(error)) from error
         return Document(text, is_chat=True)
     spans_found = [Span(*turn) for turn in found]
