@@ -11,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from trainer.blas import load_fast_blas
 from trainer.problems import RecipeError, nearest
 from trainer.verbs import VERBS
 
@@ -99,6 +100,7 @@ def _rank() -> int | None:
 
 
 if __name__ == "__main__":
+    load_fast_blas()
     exit_code = main()
     if exit_code and _rank() is not None and "comm" in sys.modules:
         # Other ranks may be waiting in a collective: a normal exit would wait for them in turn.

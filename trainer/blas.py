@@ -1,31 +1,40 @@
 """A fast BLAS for MLX's CPU backend on Linux.
 
 MLX's Linux CPU wheel brings the reference BLAS (about 3 GFLOP/s). Symbols of a library that was loaded globally
-before the first matrix product win over it, so the system's OpenBLAS, where installed, makes float32 about 50 times
-faster. Macs use Accelerate and GPUs their own libraries; there is nothing to do there.
+before MLX win over it, so the system's OpenBLAS, where installed, makes float32 about 50 times faster. Macs use
+Accelerate and GPUs their own libraries; there is nothing to do there. This module must not import MLX.
 """
 
 import ctypes
+import os
 import sys
 
 NAMES = ("libopenblas.so.0", "libopenblas.so")
-HINT = "CPU matrix products are about 50 times faster with OpenBLAS: apt-get install libopenblas0 (or dnf install openblas)."
+HINT = (
+    "CPU matrix products would be about 50 times faster with OpenBLAS: "
+    "apt-get install libopenblas0 (Debian, Ubuntu) or dnf install openblas (Fedora)."
+)
 
 
-def load_fast_blas() -> str | None:
-    """Load the system's OpenBLAS for MLX's CPU backend; call it before the first matrix product.
+def load_fast_blas() -> bool:
+    """Load the system's OpenBLAS for MLX's CPU backend. Call it before anything imports MLX.
 
     Returns:
-        A hint for the user where a fast BLAS would help and none is installed, else None.
+        Whether it is loaded; always False on other systems than Linux.
     """
-    if sys.platform != "linux":
-        return None
-    for name in NAMES:
-        try:
-            ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
-            return None
-        except OSError:
-            continue
-    import mlx.core as mx
+    return sys.platform == "linux" and any(_load(name, ctypes.RTLD_GLOBAL) for name in NAMES)
 
-    return HINT if mx.default_device() == mx.cpu else None
+
+def blas_hint() -> str | None:
+    """What to install when this Linux process has no fast BLAS, else None; it matters to MLX's CPU device only."""
+    if sys.platform != "linux" or any(_load(name, os.RTLD_NOLOAD) for name in NAMES):
+        return None
+    return HINT
+
+
+def _load(name: str, mode: int) -> bool:
+    try:
+        ctypes.CDLL(name, mode=mode)
+    except OSError:
+        return False
+    return True

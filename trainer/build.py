@@ -45,6 +45,7 @@ class Parts:
         base: the model and its config; adapters and wrappers are in place.
         adapter: modules and shape of the adapters, or None for full fine-tuning.
         loss: the loss function for `parallel.value_and_grad`.
+        batch_dp: data-parallel ranks for which the recipe as written gives this global batch.
     """
 
     recipe: Recipe
@@ -56,6 +57,7 @@ class Parts:
     base: BaseModel
     adapter: LoRASpec | None
     loss: TokenLoss
+    batch_dp: int
 
     @property
     def model(self) -> nn.Module:
@@ -127,19 +129,21 @@ class Parts:
         }
 
 
-def build(recipe: Recipe, world: comm.Group, notice: Notice) -> Parts:
+def build(recipe: Recipe, world: comm.Group, notice: Notice, batch_dp: int | None = None) -> Parts:
     """Build all parts of a run.
 
     Args:
         recipe: a checked recipe.
         world: all ranks.
         notice: gets one line for each thing that the user should know.
+        batch_dp: see `Parts`. Default: the data-parallel ranks there are.
 
     Raises:
         ValueError: something in the recipe cannot be done; the text says what and what is allowed.
     """
     mesh = resolve_mesh(recipe.parallel, world.size)
     parts = together(world, partial(_build_alone, recipe, world, mesh, notice))
+    parts.batch_dp = batch_dp or mesh.dp
     DataParallel(parts.model, world, wire_dtype=_wire_dtype(recipe), bucket_bytes=_bucket_bytes(recipe))
     parts.model.train()
     return parts
@@ -154,7 +158,7 @@ def _build_alone(recipe: Recipe, world: comm.Group, mesh: MeshSizes, notice: Not
     keys = DropoutKeys()
     adapter = prepare_method(recipe, base, keys)
     materialize(base.model)
-    return Parts(recipe, world, mesh, batch, tokenizer, splits, base, adapter, TokenLoss(keys))
+    return Parts(recipe, world, mesh, batch, tokenizer, splits, base, adapter, TokenLoss(keys), mesh.dp)
 
 
 def prepare_method(recipe: Recipe, base: BaseModel, keys: DropoutKeys) -> LoRASpec | None:

@@ -4,7 +4,6 @@ import argparse
 import sys
 
 import comm
-from trainer.blas import load_fast_blas
 from trainer.build import build
 from trainer.result import load_result, recipe_of
 
@@ -12,7 +11,6 @@ from trainer.result import load_result, recipe_of
 def main(arguments: argparse.Namespace) -> int:
     """Measure `arguments.target` on the rows of `arguments.split`; returns the exit code."""
     recipe = recipe_of(arguments.target, arguments.overrides)
-    load_fast_blas()
     world = comm.init()
     parts = build(recipe, world, lambda line: print(line, file=sys.stderr))
     rows = parts.splits.train if arguments.split == "train" else parts.splits.valid

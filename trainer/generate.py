@@ -13,7 +13,6 @@ from mlx_lm.sample_utils import make_sampler
 
 import comm
 from trainer.answers import answer_rows
-from trainer.blas import load_fast_blas
 from trainer.build import Parts, build
 from trainer.data import training_format
 from trainer.result import load_result, recipe_of
@@ -24,7 +23,6 @@ def main(arguments: argparse.Namespace) -> int:
     recipe = recipe_of(arguments.target, arguments.overrides)
     if arguments.max_new_tokens:
         recipe = replace(recipe, eval=replace(recipe.eval, max_new_tokens=arguments.max_new_tokens))
-    load_fast_blas()
     world = comm.init()
     parts = build(recipe, world, lambda line: print(line, file=sys.stderr))
     if arguments.rows:

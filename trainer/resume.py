@@ -5,7 +5,7 @@ method, seed or batch is refused; other changes of the recipe go on with a notic
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,23 @@ from trainer.build import Parts
 from trainer.checkpoint import Checkpoint, CheckpointError, CheckpointFolder
 from trainer.config import Recipe
 from trainer.loop import Progress
+from trainer.rules import resolve_batch
 
 FREE_SECTIONS = ("optimizer", "schedule", "epochs", "max_steps", "max_grad_norm", "gradient_checkpointing")
 Notice = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a run continues from.
+
+    Attributes:
+        checkpoint: on rank 0, where there is one; None elsewhere.
+        state: its state on every rank; None for a new run.
+    """
+
+    checkpoint: Checkpoint | None
+    state: dict[str, Any] | None
 
 
 def save(parts: Parts, folder: CheckpointFolder, progress: Progress) -> None:
@@ -40,14 +54,15 @@ def save(parts: Parts, folder: CheckpointFolder, progress: Progress) -> None:
         "identity": parts.identity,
         "settings": _settings(parts.recipe),
         "mesh": asdict(parts.mesh),
+        "batch_dp": parts.batch_dp,
         "seed": parts.recipe.seed,
     }
     # A save that fails on rank 0 still takes part in every gather, so the ranks can agree about it afterwards.
     together(parts.world, lambda: folder.save(progress.step, files, state))
 
 
-def find(recipe: Recipe, folder: CheckpointFolder, world: comm.Group, notice: Notice) -> Checkpoint | None:
-    """The checkpoint that `checkpoint.resume` means, on rank 0; None elsewhere and where there is none.
+def find(recipe: Recipe, folder: CheckpointFolder, world: comm.Group, notice: Notice) -> Found:
+    """The checkpoint that `checkpoint.resume` means; rank 0 looks, every rank gets its state.
 
     Raises:
         ValueError: a checkpoint named by path is not whole.
@@ -63,15 +78,41 @@ def find(recipe: Recipe, folder: CheckpointFolder, world: comm.Group, notice: No
         except CheckpointError as error:
             raise ValueError(f"checkpoint.resume: {error}") from error
 
-    return together(world, look)
+    checkpoint = together(world, look)
+    return Found(checkpoint, comm.broadcast_object(checkpoint.state if checkpoint else None, world))
 
 
-def restore(parts: Parts, checkpoint: Checkpoint | None, notice: Notice) -> Progress:
+def keep_global_batch(recipe: Recipe, found: Found, dp: int) -> tuple[Recipe, int]:
+    """Hold a resumed run to its global batch when only the number of ranks has changed.
+
+    Args:
+        recipe: of the run to be continued.
+        found: its checkpoint.
+        dp: data-parallel ranks now.
+
+    Returns:
+        The recipe, with `global_batch_size` set where the checkpoint decides it (accumulation follows), and the
+        number of data-parallel ranks for which the recipe as written gives that batch.
+
+    Raises:
+        RecipeError: the global batch cannot be divided by the ranks there are now.
+    """
+    if found.state is None:
+        return recipe, dp
+    saved, batch_dp = found.state["identity"]["global_batch_size"], found.state["batch_dp"]
+    if batch_dp == dp or resolve_batch(recipe, batch_dp).global_size != saved:
+        return recipe, dp
+    kept = replace(recipe, global_batch_size=saved, grad_accumulation_steps=1)
+    resolve_batch(kept, dp)
+    return kept, batch_dp
+
+
+def restore(parts: Parts, found: Found, notice: Notice) -> Progress:
     """Load rank 0's checkpoint into every rank's model and optimizer.
 
     Args:
         parts: freshly built.
-        checkpoint: rank 0's choice; None on other ranks, or everywhere for a new run.
+        found: from `find`.
         notice: gets one line per change of settings.
 
     Returns:
@@ -80,8 +121,7 @@ def restore(parts: Parts, checkpoint: Checkpoint | None, notice: Notice) -> Prog
     Raises:
         ValueError: the checkpoint belongs to another run; lists the keys.
     """
-    world = parts.world
-    state = comm.broadcast_object(checkpoint.state if checkpoint else None, world)
+    world, checkpoint, state = parts.world, found.checkpoint, found.state
     if state is None:
         return Progress()
     _check_identity(state["identity"], parts.identity)

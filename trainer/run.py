@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm.utils import hf_repo_to_path
 
@@ -15,7 +16,7 @@ from parallel import value_and_grad
 from parallel.layout import gather_tensors, model_layout
 from trainer import resume
 from trainer.agreement import require_same, together
-from trainer.blas import load_fast_blas
+from trainer.blas import blas_hint
 from trainer.build import Parts, build
 from trainer.checkpoint import CheckpointFolder
 from trainer.config import Recipe
@@ -25,6 +26,7 @@ from trainer.metrics import JsonlSink, Metrics
 from trainer.optim import learning_rate
 from trainer.output import adapter_config, write_adapters, write_model
 from trainer.recipe import load_recipe, to_yaml
+from trainer.rules import resolve_mesh
 from trainer.terminal import TerminalSink
 from trainer.throughput import Throughput
 from trainer.wandb_sink import WandbSink, wandb_mode
@@ -35,8 +37,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 def main(arguments: argparse.Namespace) -> int:
     """Run a recipe; returns the exit code: 0 done, 128 + signal when a signal ended it."""
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    hint = load_fast_blas()
     world = comm.init(recipe.parallel.backend if isinstance(recipe.parallel.backend, str) else "any")
+    hint = blas_hint() if mx.default_device() == mx.cpu else None
     return train(recipe, world, Stop().install(), [hint] if hint else [])
 
 
@@ -71,10 +73,11 @@ def train(recipe: Recipe, world: comm.Group, stop: Stop, notices: list[str]) -> 
         The exit code.
     """
     output_dir = Path(recipe.output_dir) if world.rank == 0 else None
-    parts = build(recipe, world, notices.append)
-    require_same(world, parts.digests())
     folder = CheckpointFolder(output_dir and output_dir / "checkpoints", recipe.checkpoint.keep_last)
     found = resume.find(recipe, folder, world, notices.append)
+    recipe, batch_dp = resume.keep_global_batch(recipe, found, resolve_mesh(recipe.parallel, world.size).dp)
+    parts = build(recipe, world, notices.append, batch_dp)
+    require_same(world, parts.digests())
     progress = resume.restore(parts, found, notices.append)
     if progress.step >= parts.total_steps:
         _say_finished(recipe, world, progress)
