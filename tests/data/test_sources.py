@@ -8,6 +8,7 @@ import pyarrow.parquet
 import pytest
 from data_support import config, small_tokenizer, write_rows
 
+from trainer.config import DataSource
 from trainer.data import load_split, load_splits
 from trainer.data.hub import HubRows
 
@@ -70,6 +71,13 @@ def test_given_validation_wins(tmp_path, tokenizer):
     assert len(load_splits(config(train=str(tmp_path / "set"), valid=str(other)), tokenizer, 0).valid) == 1
 
 
+def test_training_on_a_validation_split(tmp_path, tokenizer):
+    """Catches validation on the very rows that are trained on."""
+    write_rows(tmp_path / "set/valid.jsonl", ROWS)
+    splits = load_splits(config(train=[{"path": str(tmp_path / "set"), "split": "valid"}]), tokenizer, 0)
+    assert len(splits.train) == 10 and splits.valid is None
+
+
 def test_test_split_by_name(tmp_path, tokenizer):
     """Catches evaluation on the wrong split."""
     write_rows(tmp_path / "set/train.jsonl", ROWS)
@@ -90,7 +98,8 @@ def test_weights_and_columns_of_a_list(tmp_path, tokenizer):
     assert sum(counts) == 12 and set(counts[:8]) == {1, 2} and counts[8:] == [0, 0]
     assert [texts(splits.train, tokenizer).count(f"q{i}a{i}") for i in range(4)] == [2, 2, 2, 0]
     assert len(splits.valid) == 3
-    again = load_splits(config(train=sources, val_fraction=0.2), tokenizer, 0)
+    typed = [DataSource(**source) for source in sources]
+    again = load_splits(config(train=typed, val_fraction=0.2), tokenizer, 0)
     assert again.train.digest == splits.train.digest
 
 

@@ -38,18 +38,18 @@ def parse_sources(value: Any, key: str) -> list[Source]:
     """`data.train` or `data.valid` as a list of sources.
 
     Args:
-        value: a path, a `{path, split, weight, format, columns}` mapping, or a list of either.
+        value: a path, or a list of paths and of mappings or objects with path, split, weight, format and columns.
         key: the recipe key, for messages.
 
     Raises:
         ValueError: for unknown keys, a missing path or a weight that is not positive.
     """
-    entries = [value] if isinstance(value, (str, Mapping)) else list(value)
+    entries = [value] if isinstance(value, str) else list(value)
     if not entries:
         raise ValueError(f"{key} is an empty list; give at least one path.")
     sources = []
     for position, entry in enumerate(entries):
-        entry = {"path": entry} if isinstance(entry, str) else dict(entry)
+        entry = {"path": entry} if isinstance(entry, str) else dict(entry if isinstance(entry, Mapping) else vars(entry))
         allowed = list(Source.__dataclass_fields__)
         if unknown := [name for name in entry if name not in allowed]:
             near = difflib.get_close_matches(unknown[0], allowed, n=1)
@@ -90,7 +90,7 @@ def open_split(path: str, names: tuple[str, ...], seed: int) -> RowFile | None:
         return open_file(found) if found else None
     if local.is_file():
         return open_file(local) if "train" in names else None
-    if local.suffix in SUFFIXES or path.startswith((".", "/", "~")):
+    if local.suffix in SUFFIXES or path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise ValueError(f"There is no file or folder {path!r}.{_nearest(local)}")
     try:
         return open_hub_split(path, names)

@@ -71,7 +71,8 @@ def load_splits(
     train, valid = [], []
     for source in parse_sources(data.train, "data.train"):
         store = reader.read(source, (source.split or "train",))
-        held_out = None if data.valid is not None else reader.read_if_there(source, VALID_NAMES)
+        names = tuple(name for name in VALID_NAMES if name != source.split)  # never validate on what is trained on
+        held_out = None if data.valid is not None else reader.read_if_there(source, names)
         num_valid = 0
         if held_out is not None:
             valid.append(_Part(held_out, 0, len(held_out)))
