@@ -14,6 +14,8 @@ _HOME = {
     "GradientFusion": "fusion",
     "Group": "group",
     "LinkFit": "link",
+    "Mesh": "mesh",
+    "MeshShape": "mesh",
     "init": "backend",
     "leave": "backend",
     "solo": "group",

@@ -9,14 +9,15 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import mlx.core as mx
 
+from comm.environment import environment, missing_variables, ring_hosts
 from comm.capabilities import CAPABILITIES
 from comm.group import Group
+from comm.subgroups import SubGroups
 
 _ORDER = ("nccl", "jaccl-ring", "jaccl", "ring", "mpi")  # the most particular environment first
 
@@ -55,15 +56,6 @@ def leave(code: int) -> None:
     os._exit(code)
 
 
-def missing_variables(backend: str, environ: Mapping[str, str]) -> list[str]:
-    """The environment variables that `backend` needs and does not find."""
-    return [
-        " or ".join(names.split("|"))
-        for names in CAPABILITIES[backend].variables
-        if not any(name in environ for name in names.split("|"))
-    ]
-
-
 def _chosen(backend: str, environ: Mapping[str, str]) -> str | None:
     if backend == "any":
         backend = environ.get("COMM_BACKEND", "any")
@@ -83,14 +75,21 @@ def _chosen(backend: str, environ: Mapping[str, str]) -> str | None:
 
 @functools.cache
 def _world(backend: str) -> Group:
-    if backend == "none" or _launched_size(backend, os.environ) == 1:
+    size = 1 if backend == "none" else _launched_size(backend, os.environ)
+    if size == 1:
         return Group(None, backend)
+    limit = CAPABILITIES[backend].max_ranks
+    if size and limit and size > limit:
+        raise ValueError(f"{backend} reaches at most {limit} ranks, but {size} were launched.")
     name = "jaccl" if backend == "jaccl-ring" else backend
     with environment(**_mpi_library(backend)):
         if not mx.distributed.is_available(name):
             raise ValueError(f"This build of MLX has no {backend} backend.")
         native = mx.distributed.init(strict=True, backend=name)
-    return Group(native, backend)
+    world = Group(native, backend)
+    if not CAPABILITIES[backend].split:
+        world.splitter = SubGroups(world)
+    return world
 
 
 def _launched_size(backend: str, environ: Mapping[str, str]) -> int | None:
@@ -104,27 +103,6 @@ def _launched_size(backend: str, environ: Mapping[str, str]) -> int | None:
     return int(size) if size else None
 
 
-def ring_hosts(environ: Mapping[str, str]) -> list[list[str]]:
-    """The "ip:port" addresses of each rank in `MLX_HOSTFILE`; none in `mlx.launch -n 1`'s.
-
-    Raises:
-        ValueError: The file is not a list of lists of addresses, or has no entry for this rank.
-    """
-    path, rank = environ["MLX_HOSTFILE"], environ["MLX_RANK"]
-    text = Path(path).read_text().strip()
-    if not text:
-        return []
-    try:
-        hosts = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"MLX_HOSTFILE={path} is not JSON: {error}.") from None
-    if not isinstance(hosts, list) or not all(isinstance(host, list) for host in hosts):
-        raise ValueError(f'MLX_HOSTFILE={path} must hold a list of lists of "ip:port".')
-    if not rank.isdigit() or int(rank) >= len(hosts):
-        raise ValueError(f"MLX_RANK={rank}, but MLX_HOSTFILE={path} names {len(hosts)} ranks.")
-    return hosts
-
-
 def _mpi_library(backend: str) -> dict[str, str]:
     """Where the package index's Open MPI lies, which no loader path names."""
     if backend != "mpi" or "MLX_MPI_LIBNAME" in os.environ:
@@ -133,18 +111,3 @@ def _mpi_library(backend: str) -> dict[str, str]:
     found = (path for name in names if (path := Path(sys.prefix, "lib", name)).exists())
     library = next(found, None)
     return {"MLX_MPI_LIBNAME": str(library)} if library else {}
-
-
-@contextmanager
-def environment(**variables: str) -> Iterator[None]:
-    """Sets environment variables for the duration of a `with` block."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from comm.capabilities import CAPABILITIES, Capabilities
+from comm.debug import check_calls, encode_call
 from comm.progress import Progress
 
 SOLO = Capabilities("none", True, True, "none", "cpu")
@@ -52,8 +53,9 @@ class Group:
         self.progress = progress or Progress()
         self._engine = engine
         self._stream = stream
-        self._splitter = splitter
+        self.splitter = splitter
         self._debug = os.environ.get("COMM_DEBUG") == "1"
+        self._num_calls = 0
 
     @property
     def rank(self) -> int:
@@ -107,12 +109,14 @@ class Group:
         if self.size == 1:
             return x if x.ndim else x[None]
         axis = _checked_axis(x, axis)
+        if x.size == 0:
+            return mx.concatenate([x] * self.size, axis)
         self._enter("all_gather", x)
-        rows = x[None] if axis else x
+        rows = self._carried(x[None] if axis else x)
         gathered = self._engine.all_gather(rows, group=self._native, stream=self.stream)
         if axis:
             gathered = mx.concatenate([part[0] for part in mx.split(gathered, self.size)], axis)
-        return self._leave(gathered)
+        return self._leave(gathered.astype(x.dtype))
 
     def reduce_scatter(self, x: mx.array, axis: int = 0) -> mx.array:
         """This rank's part, along `axis`, of the sum of `x` over the ranks.
@@ -195,7 +199,7 @@ class Group:
     def split(self, color: int, key: int = -1) -> "Group":
         """The group of the ranks that pass the same `color`, ordered by `key`, then by rank.
 
-        A collective: every rank of this group must call it.
+        A collective of this group; where MLX cannot split (ring, JACCL), of the whole world.
 
         Args:
             color: Which of the new groups this rank joins; 0 or more.
@@ -203,13 +207,19 @@ class Group:
         """
         if color < 0:
             raise ValueError(f"color is {color}; it must be 0 or more.")
+        if self.splitter is not None:
+            return self.splitter(self, color, key)
         if self.size == 1:
             return self
-        if self._splitter is None and not self.capabilities.split:
-            raise ValueError(f"This {self.backend} group was made without a way to split it.")
-        if self._splitter is not None:
-            return self._splitter(self, color, key)
-        return self._native_split(color, key)
+        if self.capabilities.split:
+            return self._native_split(color, key)
+        raise ValueError(f"This {self.backend} group was made without a way to split it.")
+
+    def adopt(self, native: mx.distributed.Group) -> None:
+        """Goes on over another connection between the same ranks in the same order."""
+        same = (native.rank(), native.size()) == (self.rank, self.size)
+        assert same, f"{self} cannot become rank {native.rank()} of {native.size()}"
+        self._native = native
 
     def _native_split(self, color: int, key: int) -> "Group":
         order = key if key >= 0 else self.rank
@@ -234,10 +244,8 @@ class Group:
         if self.size == 1 or x.size == 0:
             return x
         self._enter(operation, x)
-        carried = self.capabilities.widen.get(str(x.dtype).split(".")[-1])
-        wire = x.astype(getattr(mx, carried)) if carried else x
         call = getattr(self._engine, operation)
-        total = call(wire, group=self._native, stream=self.stream)
+        total = call(self._carried(x), group=self._native, stream=self.stream)
         if x.dtype == mx.bool_:
             total = total != 0
         return self._leave(total.astype(x.dtype))
@@ -262,17 +270,26 @@ class Group:
             # Without the copy the slice would keep the whole sum in memory.
             return mx.contiguous(mx.split(self._reduce("all_sum", x), self.size, axis)[self.rank])
         self._enter("reduce_scatter", x)
-        rows = mx.moveaxis(x, axis, 0)
+        rows = mx.moveaxis(self._carried(x), axis, 0)
         part = self._engine.sum_scatter(rows, group=self._native, stream=self.stream)
-        return self._leave(mx.moveaxis(part, 0, axis))
+        return self._leave(mx.moveaxis(part, 0, axis).astype(x.dtype))
 
     def _enter(self, operation: str, x: mx.array) -> None:
-        if self._debug:
-            self._compare(operation, x)
         self.progress.record(operation, x.shape, x.dtype)
+        if self._debug:
+            self._num_calls += 1
+            entry = encode_call(self._num_calls, operation, x)
+            rows = self._engine.all_gather(entry, group=self._native, stream=self.stream)
+            check_calls(rows, self.members)
 
     def _leave(self, result: mx.array) -> mx.array:
+        if self._debug:
+            mx.eval(result)
         return result
+
+    def _carried(self, x: mx.array) -> mx.array:
+        dtype = self.capabilities.widen.get(str(x.dtype).split(".")[-1])
+        return x.astype(getattr(mx, dtype)) if dtype else x
 
     def _checked_rank(self, rank: int, what: str) -> None:
         if not 0 <= rank < self.size:
