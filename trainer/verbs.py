@@ -65,6 +65,20 @@ def _validate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--world", metavar="N", type=_count, default=1, help="number of ranks (default: 1)")
 
 
+def _plan(parser: argparse.ArgumentParser) -> None:
+    _recipe(parser)
+    parser.add_argument("--world", metavar="N", type=_count, default=1, help="number of ranks (default: 1)")
+    parser.add_argument(
+        "--memory-gib", metavar="G", type=_positive, help="memory a rank may use (default: 3/4 of this machine's)"
+    )
+    parser.add_argument(
+        "--tflops", metavar="T", type=_positive, default=15.0, help="compute rate of a rank, to compare (default: 15)"
+    )
+    parser.add_argument(
+        "--link-gb", metavar="B", type=_positive, default=1.0, help="GB/s between ranks, to compare (default: 1)"
+    )
+
+
 def _eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="RUN", help="a run's output folder, or one of its checkpoints")
     _overrides(parser)
@@ -113,6 +127,13 @@ def _count(text: str) -> int:
     return number
 
 
+def _positive(text: str) -> float:
+    number = float(text)
+    if not number > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a number > 0")
+    return number
+
+
 VERBS = {
     "run": Verb(
         "trainer.run:main",
@@ -125,6 +146,12 @@ VERBS = {
         "Check a recipe and show what it means, without loading a model.",
         "python -m trainer validate recipes/qwen-9b-lora.yaml --world 4",
         _validate,
+    ),
+    "plan": Verb(
+        "trainer.plan:main",
+        "Memory on each rank, whether it fits, and the cheapest mesh, from the model's config alone.",
+        "python -m trainer plan recipes/qwen-9b-lora.yaml --world 4 --memory-gib 96",
+        _plan,
     ),
     "eval": Verb(
         "trainer.evaluate:main",

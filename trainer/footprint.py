@@ -1,0 +1,258 @@
+"""Memory of one rank of a run, from shapes: weights, gradients, optimizer, and what a step needs beside them.
+
+The first three are exact. The rest comes from the graph of one training step (`trainer.liveness`), traced
+once on one device and scaled to the mesh: a pipeline stage keeps its layers' share for each micro-batch in
+flight, and tensor parallelism divides all but the residual stream.
+
+Letters: B rows of a micro-batch, L tokens of a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+from parallel import hidden_and_head
+from trainer.config import Recipe
+from trainer.liveness import Buffer, Lifetimes, lifetimes, trace
+from trainer.optim import Optimizer
+from trainer.placement import Part, Placement, even_split
+from trainer.rules import MeshSizes
+from trainer.shapes import PlannedModel
+
+# Buffers of MLX's ring backend, and a bucket of gradients, per group; comm chooses buckets of about this size.
+_GROUP_BYTES = 32 * 2**20
+_BUCKET_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes on the fullest rank of a mesh.
+
+    Attributes:
+        weights, gradients, optimizer: exact.
+        buffers: of communication: messages in flight, weights gathered for use.
+        activations: everything else at the step's peak.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    buffers: int
+    activations: int
+
+    @property
+    def peak(self) -> int:
+        """The sum: the most that is needed at any time of a step."""
+        return self.weights + self.gradients + self.optimizer + self.buffers + self.activations
+
+
+class Footprints:
+    """Footprints of one recipe on any mesh; the step is traced once.
+
+    Args:
+        recipe: gives the batch, the optimizer and the pipeline's schedule.
+        planned: the recipe's model.
+    """
+
+    def __init__(self, recipe: Recipe, planned: PlannedModel) -> None:
+        self.recipe = recipe
+        self.planned = planned
+        self.placement = Placement(planned.model)
+
+    def split(self, pp: int) -> list[int]:
+        """Layers of each pipeline stage."""
+        split = self.recipe.parallel.split
+        is_given = isinstance(split, list) and len(split) == pp
+        return split if is_given else even_split(self.placement.num_layers, pp)
+
+    def of(self, mesh: MeshSizes, accumulation: int) -> Footprint:
+        """The footprint of the fullest rank.
+
+        Args:
+            mesh: sizes of the axes.
+            accumulation: micro-batches of one step.
+
+        Raises:
+            ValueError: the model cannot be divided so.
+        """
+        return max((self._stage(mesh, accumulation, s) for s in range(mesh.pp)), key=lambda f: f.peak)
+
+    def _stage(self, mesh: MeshSizes, accumulation: int, stage: int) -> Footprint:
+        parts = self.placement.rank(mesh, stage, self.split(mesh.pp))
+        trained = [part for part in parts if part.trainable]
+        weights = sum(part.num_bytes for part in parts)
+        gradients = sum(part.size * self._gradient_item_bytes(part, mesh, accumulation) for part in trained)
+        optimizer = optimizer_bytes(trained, self.recipe)
+        buffers = self._buffers(mesh, stage, trained, gradients)
+        step = self._step_peak(mesh, accumulation, stage, trained, gradients)
+        update = gradients + self._update_excess * _elements(trained) / _elements(self._all_trained)
+        return Footprint(weights, gradients, optimizer, buffers, round(max(step, update) - gradients))
+
+    def _gradient_item_bytes(self, part: Part, mesh: MeshSizes, accumulation: int) -> int:
+        """Gradients are added up in float32, over micro-batches and (by default) over ranks."""
+        is_widened = accumulation > 1 or (mesh.dp > 1 and self.recipe.parallel.wire_dtype == "float32")
+        return 4 if is_widened else part.dtype.size
+
+    def _buffers(self, mesh: MeshSizes, stage: int, trained: list[Part], gradients: int) -> int:
+        axes = (mesh.dp_replicate, mesh.dp_shard, mesh.pp, mesh.tp)
+        total = _GROUP_BYTES * sum(size > 1 for size in axes)
+        if mesh.dp_replicate > 1:
+            # The gradients before the sum stay until the last bucket is back.
+            total += sum(part.num_bytes for part in trained) + min(2 * _BUCKET_BYTES, gradients)
+        if mesh.dp_shard > 1:
+            total += self._gathered(mesh, stage)
+        return total
+
+    def _gathered(self, mesh: MeshSizes, stage: int) -> int:
+        """FSDP: weights of the layer in use and of the next, gathered, with the gradients of the one in use."""
+        whole = MeshSizes(1, 1, mesh.pp, mesh.tp)
+        units: dict[int | str, int] = {}
+        for part in self.placement.rank(whole, stage, self.split(mesh.pp)):
+            unit = part.name if part.layer is None else part.layer
+            units[unit] = units.get(unit, 0) + part.num_bytes * (2 if part.trainable else 1)
+        largest = sorted(units.values(), reverse=True)[:2]
+        return sum(largest)
+
+    def _step_peak(
+        self, mesh: MeshSizes, accumulation: int, stage: int, trained: list[Part], gradients: int
+    ) -> float:
+        """Most bytes of activations and gradients at any time of forward and backward."""
+        whole_share = 1 / mesh.tp
+
+        def activation(buffer: Buffer) -> float:
+            is_residual = bool(buffer.shape) and buffer.shape[-1] == self._hidden_dims
+            return 0.0 if buffer.is_result else buffer.num_bytes * (1.0 if is_residual else whole_share)
+
+        over_time = self._step_lifetimes(accumulation > 1)
+        alive = over_time.bytes_over_time(activation)
+        growing = over_time.bytes_over_time(lambda b: float(b.num_bytes) if b.is_result else 0.0)
+        total = growing.max() or 1.0
+        # Earlier micro-batches' sum stays until the new one is complete.
+        before = gradients if accumulation > 1 else 0
+        if mesh.pp > 1:
+            return before + self._pipeline_peak(mesh, accumulation, stage, alive, activation) + gradients
+        return before + float((alive + growing * (gradients / total)).max())
+
+    def _pipeline_peak(
+        self, mesh: MeshSizes, accumulation: int, stage: int, alive: np.ndarray, activation
+    ) -> float:
+        """One stage's kept activations of all micro-batches in flight, and its work on one of them."""
+        split = self.split(mesh.pp)
+        layers = self._layer_lifetimes
+        over_time = layers.bytes_over_time(activation)
+        kept = over_time[layers.made_at[-1]]
+        in_flight = min(accumulation, mesh.pp - stage if self.recipe.parallel.schedule == "1f1b" else accumulation)
+        is_last = stage == mesh.pp - 1
+        work = (alive if is_last else over_time).max() - kept
+        return in_flight * kept * split[stage] / sum(split) + max(work, 0.0)
+
+    @property
+    def _hidden_dims(self) -> int:
+        return self.planned.text_config.get("hidden_size", 0)
+
+    @cached_property
+    def _all_trained(self) -> list[Part]:
+        return [part for part in self.placement.parts if part.trainable]
+
+    @property
+    def _batch(self) -> dict[str, mx.array]:
+        """A micro-batch of full rows in which every token is learned: the largest there is."""
+        shape = (self.recipe.batch_size_per_device, self.recipe.data.max_seq_len)
+        return {
+            "tokens": mx.zeros(shape, dtype=mx.int32),
+            "mask": mx.broadcast_to(mx.arange(shape[1]) > 0, shape),
+            "segments": mx.ones(shape, dtype=mx.int32),
+            "keys": mx.zeros((shape[0], 2), dtype=mx.uint32),
+        }
+
+    def _step_lifetimes(self, accumulates: bool) -> Lifetimes:
+        return self._adding_lifetimes if accumulates else self._plain_lifetimes
+
+    @cached_property
+    def _plain_lifetimes(self) -> Lifetimes:
+        return _trace_step(self.planned, self._batch, accumulates=False)
+
+    @cached_property
+    def _adding_lifetimes(self) -> Lifetimes:
+        return _trace_step(self.planned, self._batch, accumulates=True)
+
+    @cached_property
+    def _layer_lifetimes(self) -> Lifetimes:
+        """Forward and backward without head and loss; its last result is the hidden states."""
+        tokens = self._batch["tokens"]
+
+        def hidden_sum(model: nn.Module) -> tuple[mx.array, mx.array]:
+            hidden, _ = hidden_and_head(model, tokens)
+            return hidden.astype(mx.float32).sum(), hidden
+
+        def function(model: nn.Module) -> list[mx.array]:
+            (total, hidden), grads = nn.value_and_grad(model, hidden_sum)(model)
+            return [total, *(g for _, g in tree_flatten(grads)), hidden]
+
+        return _trace_model(self.planned.model, function, [])
+
+    @cached_property
+    def _update_excess(self) -> float:
+        """Bytes that an update of all trained parameters needs for a moment beside weights and state."""
+        trained = self._all_trained
+        examples = [mx.zeros(part.shape, dtype=part.dtype) for part in trained]
+
+        def function(*arrays: mx.array) -> list[mx.array]:
+            tree = tree_unflatten([(part.name, a) for part, a in zip(trained, arrays, strict=False)])
+            holder = nn.Module()
+            dict.update(holder, tree)
+            optimizer = Optimizer(tree, self.recipe.optimizer)
+            grads = [(part.name, g) for part, g in zip(trained, arrays[len(trained) :], strict=True)]
+            optimizer.update(holder, tree_unflatten(grads), 1e-3)
+            updated = [value for _, value in tree_flatten(holder.trainable_parameters())]
+            return [*updated, *(state for _, state in optimizer.tensors())]
+
+        graph = trace(function, [*examples, *examples])
+        given_up = {name: part.num_bytes for name, part in zip(graph.inputs, trained, strict=False)}
+        peak = lifetimes(graph, given_up).bytes_over_time().max()
+        return peak - sum(given_up.values()) - optimizer_bytes(trained, self.recipe)
+
+
+def optimizer_bytes(trained: list[Part], recipe: Recipe) -> int:
+    """Bytes of the optimizer's state for parts of these shapes: of the run's own optimizer, never evaluated."""
+    tree = tree_unflatten([(part.name, mx.zeros(part.shape, dtype=part.dtype)) for part in trained])
+    return sum(array.nbytes for _, array in Optimizer(tree, recipe.optimizer).tensors())
+
+
+def _elements(parts: list[Part]) -> int:
+    return sum(part.size for part in parts)
+
+
+def _trace_step(planned: PlannedModel, batch: dict[str, mx.array], accumulates: bool) -> Lifetimes:
+    """Loss and gradients of one micro-batch, added to those of earlier ones where `accumulates`."""
+    sums = [mx.zeros(p.shape) for _, p in tree_flatten(planned.model.trainable_parameters())] if accumulates else []
+
+    def function(model: nn.Module, *earlier: mx.array) -> list[mx.array]:
+        (loss, num_tokens), grads = nn.value_and_grad(model, planned.loss)(model, batch)
+        gradients = [g for _, g in tree_flatten(grads)]
+        if accumulates:
+            gradients = [s + g.astype(s.dtype) for s, g in zip(earlier, gradients, strict=True)]
+        return [loss, num_tokens, *gradients]
+
+    return _trace_model(planned.model, function, sums)
+
+
+def _trace_model(model: nn.Module, function, arguments: list[mx.array]) -> Lifetimes:
+    """Trace a function of the model with its parameters as inputs, and leave the model as it was."""
+    parameters = tree_flatten(model.parameters())
+    names = [name for name, _ in parameters]
+
+    def traced(*arrays: mx.array) -> list[mx.array]:
+        model.update(tree_unflatten(list(zip(names, arrays[: len(names)], strict=True))))
+        return function(model, *arrays[len(names) :])
+
+    try:
+        return lifetimes(trace(traced, [*(p for _, p in parameters), *arguments]))
+    finally:
+        model.update(tree_unflatten(parameters))
