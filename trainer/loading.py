@@ -12,7 +12,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 from mlx_lm import load
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import MODEL_REMAPPING, load_model, load_tokenizer, quantize_model
+from mlx_lm.utils import MODEL_REMAPPING, hf_repo_to_path, load_model, load_tokenizer, quantize_model
 
 from trainer.config import ModelConfig
 from trainer.data import build_tokenizer
@@ -75,6 +75,14 @@ def open_model(config: ModelConfig, vocab_size: int, seed: int) -> BaseModel:
     return base
 
 
+def source_folder(config: ModelConfig) -> Path | None:
+    """Folder of the base model's files on this machine; None for a random start."""
+    if config.path is None:
+        return None
+    local = Path(config.path)
+    return local if local.exists() else hf_repo_to_path(config.path)
+
+
 def materialize(model: nn.Module) -> None:
     """Evaluate the parameters one by one: the peak is the model and the largest tensor's source."""
     for _, value in tree_flatten(model.parameters()):
@@ -97,7 +105,8 @@ def _read_model(config: ModelConfig) -> BaseModel:
 def _random_model(config: dict[str, Any], vocab_size: int, seed: int) -> BaseModel:
     """A model with Hugging Face's usual initial values: normal matrices, everything else as the layer starts."""
     target = config["text_config"] if "text_config" in config else config
-    target.setdefault("vocab_size", vocab_size)
+    vocab_size = target.setdefault("vocab_size", config.get("vocab_size", vocab_size))
+    config.setdefault("vocab_size", vocab_size)
     mx.random.seed(seed)
     model_class, args_class = _model_classes(config)
     try:

@@ -2,13 +2,16 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+import comm
 from parallel.layout import model_layout, slice_tensors
 from trainer.agreement import broadcast_tensors, together
-from trainer.build import Notice, Parts
+from trainer.build import Notice
 from trainer.checkpoint import CheckpointError, CheckpointFolder, open_checkpoint
 from trainer.config import Recipe
 from trainer.output import ADAPTERS_FILE
@@ -30,11 +33,21 @@ def recipe_of(target: str, overrides: list[str]) -> Recipe:
     raise ValueError(f"{target!r} holds no recipe.yaml; give a run's output folder or one of its checkpoints.")
 
 
-def load_result(parts: Parts, target: str, notice: Notice) -> None:
+class HasModel(Protocol):
+    """What `load_result` needs to know of a run."""
+
+    @property
+    def world(self) -> comm.Group: ...
+
+    @property
+    def model(self) -> nn.Module: ...
+
+
+def load_result(parts: HasModel, target: str, notice: Notice) -> None:
     """Load a run's tensors into a model built from its recipe; rank 0 reads, the others receive.
 
     Args:
-        parts: built from `recipe_of(target)`.
+        parts: built from `recipe_of(target)`, such as `trainer.build.Parts`.
         target: the output folder (its final result, else its newest checkpoint) or a checkpoint.
         notice: gets one line for each checkpoint that is passed over.
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
-from mlx_lm.utils import hf_repo_to_path
 
 import comm
 from parallel import value_and_grad
@@ -21,6 +20,7 @@ from trainer.build import Parts, build
 from trainer.checkpoint import CheckpointFolder
 from trainer.config import Recipe
 from trainer.evaluation import Evaluator
+from trainer.loading import source_folder
 from trainer.loop import Due, Hooks, Loop, Progress
 from trainer.metrics import JsonlSink, Metrics
 from trainer.optim import learning_rate
@@ -140,7 +140,7 @@ def write_result(parts: Parts, output_dir: Path | None) -> None:
     else:
         tensors = gather_tensors(layout, tree_flatten(parts.model.parameters()))
         folder = output_dir and output_dir / "model"
-        write_model(folder, tensors, parts.base.config, parts.tokenizer, source=_source(parts.recipe))
+        write_model(folder, tensors, parts.base.config, parts.tokenizer, source=source_folder(parts.recipe.model))
 
 
 def _evaluation(parts: Parts, metrics: Metrics) -> Callable[[int], dict[str, float]]:
@@ -208,11 +208,3 @@ def _say_finished(recipe: Recipe, world: comm.Group, progress: Progress) -> None
 def _result_path(parts: Parts) -> str:
     folder = parts.recipe.output_dir
     return f"{folder}/adapters.safetensors" if parts.adapter is not None else f"{folder}/model"
-
-
-def _source(recipe: Recipe) -> Path | None:
-    """Folder of the base model's files, where there is one."""
-    if recipe.model.path is None:
-        return None
-    local = Path(recipe.model.path)
-    return local if local.exists() else hf_repo_to_path(recipe.model.path)
