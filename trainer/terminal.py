@@ -47,7 +47,7 @@ class TerminalSink:
         self.start_step = start_step
         self.console = console or Console()
         self._clock = clock
-        self._start = clock()
+        self._first: tuple[float, int] | None = None
         self._words = ""
         self._progress: Progress | None = None
         self._task = TaskID(0)
@@ -62,24 +62,29 @@ class TerminalSink:
             self._words = words
             self.advance(step)
             if self._progress is None:
-                self._print(f"step {step}/{self.total_steps}  {words}  {self._eta(step)}")
+                self._print(f"step {step}/{self.total_steps}  {words}  {self._eta(step)}".rstrip())
         if evaluated := _words(row, EVAL_WORDS):
             self._print(f"step {step}/{self.total_steps}  {evaluated}", style="bold")
 
     def samples(self, step: int, samples: Sequence[Sample]) -> None:
+        room = max(40, self.console.width - 13)
         for sample in samples[:NUM_SAMPLES_SHOWN]:
-            self._print(self._one_line("  prompt     ", sample["prompt"]))
-            if sample["expected"] is not None:
-                self._print(self._one_line("  expected   ", sample["expected"]))
-            self._print(self._one_line("  generated  ", sample["generated"]))
+            prompt = _one_line(sample["prompt"])
+            # The question stands at a prompt's end, so a long one loses its beginning.
+            self._print("  prompt     " + (prompt if len(prompt) <= room else "…" + prompt[1 - room :]))
+            for label in ("expected", "generated"):
+                if sample[label] is not None:
+                    text = _one_line(sample[label])
+                    self._print(f"  {label:<11}" + (text if len(text) <= room else text[: room - 1] + "…"))
             self._print("")
 
     def message(self, text: str) -> None:
         self._print(text)
 
     def advance(self, step: int) -> None:
+        eta = self._eta(step)
         if self._progress is not None:
-            self._progress.update(self._task, completed=step, words=self._words, eta=self._eta(step))
+            self._progress.update(self._task, completed=step, words=self._words, eta=eta)
 
     def close(self, summary: dict[str, object]) -> None:
         if self._progress is not None:
@@ -99,10 +104,13 @@ class TerminalSink:
         return progress
 
     def _eta(self, step: int) -> str:
-        """Time left at the mean pace of this start of the run."""
-        if step <= self.start_step:
+        """Time left at the mean pace since the first step of this start, evaluations included."""
+        if self._first is None:
+            self._first = self._clock(), step
+        first_time, first_step = self._first
+        if step <= first_step:
             return ""
-        pace = (self._clock() - self._start) / (step - self.start_step)
+        pace = (self._clock() - first_time) / (step - first_step)
         minutes, seconds = divmod(round(pace * max(0, self.total_steps - step)), 60)
         hours, minutes = divmod(minutes, 60)
         return f"ETA {hours}:{minutes:02d}:{seconds:02d}" if hours else f"ETA {minutes}:{seconds:02d}"
@@ -111,10 +119,11 @@ class TerminalSink:
         # A Text object, so that brackets in prompts and paths are not taken for rich's markup.
         self.console.print(Text(text, style=style or ""), soft_wrap=True)
 
-    def _one_line(self, label: str, text: str | None) -> str:
-        line = label + " ".join((text or "").split())
-        width = max(40, self.console.width)
-        return line if len(line) <= width else line[: width - 1] + "…"
+
+def _one_line(text: str | None) -> str:
+    """Whitespace runs as one blank; characters that would steer the terminal as dots."""
+    line = " ".join((text or "").split())
+    return "".join(character if character.isprintable() else "·" for character in line)
 
 
 def _words(row: Row, words: dict[str, str]) -> str:

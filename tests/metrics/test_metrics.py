@@ -117,7 +117,9 @@ def test_plain_lines_without_a_terminal() -> None:
     clock = Clock()
     console = Console(file=io.StringIO(), width=120)
     sink = TerminalSink(100, start_step=20, console=console, clock=clock)
-    clock.now += 30
+    clock.now += 1000
+    sink.advance(21)
+    clock.now += 27
     sink.log(
         {
             **row(30, train__loss=1.23456, train__grad_norm=0.5, train__learning_rate=1e-5, train__skipped_steps=0),
@@ -125,15 +127,17 @@ def test_plain_lines_without_a_terminal() -> None:
         }
     )
     sink.log(row(30, eval__loss=2.0, eval__ppl=7.389, eval__exact_match=0.855))
-    sink.samples(30, [{"prompt": "a\n[b]", "expected": "SELECT", "generated": "x" * 500}])
+    sink.samples(30, [{"prompt": "a\n[b]\x07", "expected": "SELECT", "generated": "x" * 500}])
+    sink.samples(30, [{"prompt": "x" * 500 + "the question", "expected": None, "generated": ""}])
     sink.message("W&B: [link]")
     sink.advance(40)
     sink.close({})
     lines = console.file.getvalue().splitlines()
     assert lines[0] == "step 30/100  loss 1.2346  grad 0.5  lr 1e-05  12,346 tokens/s  peak 1.50 GiB  ETA 3:30"
     assert lines[1] == "step 30/100  eval loss 2.0000  ppl 7.389  exact match 85.5%"
-    assert lines[2] == "  prompt     a [b]"
-    assert lines[4].endswith("xx…") and len(lines[4]) == 120
+    assert lines[2] == "  prompt     a [b]·"
+    assert lines[6].startswith("  prompt     …xx") and lines[6].endswith("the question")
+    assert lines[4].endswith("xx…") and len(lines[4]) == len(lines[6]) == 120
     assert lines[-1] == "W&B: [link]"
     assert "\x1b" not in console.file.getvalue()
 
