@@ -168,6 +168,22 @@ def test_bad_rows_are_listed_with_their_lines(tmp_path, tokenizer):
         assert reason in line
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.csv", b"text\nfine\n\xff\xfe\n", "a.csv:.: not CSV in UTF-8"),
+        ("a.csv", b"text,more\none\n", "a.csv:2: the header has 2 cells"),
+        ("a.parquet", b"PAR1 this is not one", "a.parquet:row 1: not parquet"),
+        ("a.jsonl", b'{"text": "fine"}\n\xff\xfe\n', "a.jsonl:2: not JSON"),
+    ],
+)
+def test_damaged_files_name_the_place(tmp_path, tokenizer, name, content, reason):
+    """Catches a decoder's exception without the file's name."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=reason):
+        load_splits(config(train=str(tmp_path / name)), tokenizer, 0)
+
+
 def test_at_most_ten_bad_rows_are_listed(tmp_path, tokenizer):
     """Catches a screen full of errors from one wrong file."""
     path = write_rows(tmp_path / "rows.jsonl", [ROWS[0]] + [{"no": 1}] * 500)

@@ -84,7 +84,8 @@ def test_tokenizer_opens_in_transformers_and_mlx_lm(tmp_path, texts):
     assert opened.encode(texts[0]) == tokenizer(texts[0])["input_ids"]
     assert opened.eos_token_id == tokenizer.eos_token_id != tokenizer.pad_token_id
     chat = [{"role": "user", "content": "hi"}]
-    assert opened.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == "user:\nhi<|end|>\nassistant:\n"
+    prompt = opened.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert prompt == "user:\nhi<|end|>\nassistant:\n"
 
 
 def test_tokenizer_too_small():

@@ -94,12 +94,17 @@ class Csv:
     def __iter__(self) -> Iterator[RawRow]:
         with self.path.open(encoding="utf-8-sig", newline="") as lines:
             reader = csv.DictReader(lines)
-            for row in reader:
-                place = f"{self.path}:{reader.line_num}"
-                if None in row or None in row.values():
-                    yield RawRow(place, None, f"the header has {len(reader.fieldnames or ())} cells, this row has not")
-                else:
-                    yield RawRow(place, row)
+            try:
+                for row in reader:
+                    yield self._checked(row, reader)
+            except (UnicodeDecodeError, csv.Error) as error:  # what follows cannot be told apart into rows
+                yield RawRow(f"{self.path}:{reader.line_num + 1}", None, f"not CSV in UTF-8 ({error})")
+
+    def _checked(self, row: dict, reader: csv.DictReader) -> RawRow:
+        place = f"{self.path}:{reader.line_num}"
+        if None in row or None in row.values():
+            return RawRow(place, None, f"the header has {len(reader.fieldnames or ())} cells, this row has not")
+        return RawRow(place, row)
 
 
 @dataclass(frozen=True)
@@ -119,11 +124,14 @@ class Parquet:
         import pyarrow.parquet
 
         number = 0
-        with pyarrow.parquet.ParquetFile(self.path) as table:
-            for batch in table.iter_batches():
-                for row in batch.to_pylist():
-                    number += 1
-                    yield RawRow(f"{self.path}:row {number}", row)
+        try:
+            with pyarrow.parquet.ParquetFile(self.path) as table:
+                for batch in table.iter_batches():
+                    for row in batch.to_pylist():
+                        number += 1
+                        yield RawRow(f"{self.path}:row {number}", row)
+        except pyarrow.ArrowInvalid as error:
+            yield RawRow(f"{self.path}:row {number + 1}", None, f"not parquet ({error})")
 
 
 def file_digest(path: Path) -> str:

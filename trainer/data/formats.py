@@ -182,7 +182,8 @@ def _check_messages(messages: Any, name: str) -> None:
             raise BadRow(f"{name}[{position}] must be an object with a text 'role'")
         content = message.get("content")
         if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
-            raise BadRow(f"{name}[{position}] ({message['role']}): 'content' must be text, not {type(content).__name__}")
+            kind = type(content).__name__
+            raise BadRow(f"{name}[{position}] ({message['role']}): 'content' must be text, not {kind}")
 
 
 def _without_none(value: Any) -> Any:

@@ -49,7 +49,9 @@ def parse_sources(value: Any, key: str) -> list[Source]:
         raise ValueError(f"{key} is an empty list; give at least one path.")
     sources = []
     for position, entry in enumerate(entries):
-        entry = {"path": entry} if isinstance(entry, str) else dict(entry if isinstance(entry, Mapping) else vars(entry))
+        if isinstance(entry, str):
+            entry = {"path": entry}
+        entry = dict(entry if isinstance(entry, Mapping) else vars(entry))
         allowed = list(Source.__dataclass_fields__)
         if unknown := [name for name in entry if name not in allowed]:
             near = difflib.get_close_matches(unknown[0], allowed, n=1)
