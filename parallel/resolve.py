@@ -65,7 +65,7 @@ def plan_for(model: nn.Module) -> ModelPlan:
     model_type = getattr(model, "model_type", None)
     if model_type not in PLANS:
         raise ValueError(
-            f"No tensor-parallel plan for {type(model).__name__} with model_type {model_type!r}; there are plans for "
+            f"No tensor-parallel plan for model_type {model_type!r}; there are plans for "
             f"{', '.join(sorted(PLANS))}. Pass plan=ModelPlan(...), or divide its linears with shard_linear."
         )
     return PLANS[model_type]
@@ -95,7 +95,7 @@ def check_plan(model: nn.Module, plan: ModelPlan, size: int) -> None:
     """
     blocks = find_blocks(model, plan)
     if not blocks:
-        raise ValueError(f"The plan finds no block to divide in {type(model).__name__}.")
+        raise ValueError(f"The plan finds no block to divide in {_name(model)}.")
     uncovered = [name for site in blocks for name in _uncovered(site)]
     if uncovered:
         raise ValueError(f"The plan says nothing about {', '.join(_first_of_each(uncovered))}; cut it or list it as whole.")
@@ -105,7 +105,7 @@ def check_plan(model: nn.Module, plan: ModelPlan, size: int) -> None:
     working = [n for n in range(1, LARGEST_SIZE_TRIED + 1) if not _problems(model, plan, blocks, n)]
     listed = "".join(f"\n  {problem}" for problem in _first_of_each(found))
     sizes = ", ".join(map(str, working)) or "none"
-    raise ValueError(f"{type(model).__name__} cannot be divided over tp = {size} ranks:{listed}\nSizes that work: {sizes}.")
+    raise ValueError(f"{_name(model)} cannot be divided over tp = {size} ranks:{listed}\nSizes that work: {sizes}.")
 
 
 def child_at(module: nn.Module, path: str) -> Any:
@@ -117,11 +117,12 @@ def child_at(module: nn.Module, path: str) -> Any:
 
 def _problems(model: nn.Module, plan: ModelPlan, blocks: list[BlockSite], size: int) -> list[str]:
     found = [problem for site in blocks for problem in _block_problems(site, size)]
-    for name in (plan.embedding, plan.head):
-        named = find_named(model, name)
-        if named and "weight" in named[1] and named[1].weight.shape[0] % size:
-            found.append(f"{named[0]}: a vocabulary of {named[1].weight.shape[0]} is not divisible by {size}")
-    return found
+    embedding, head = find_named(model, plan.embedding), find_named(model, plan.head)
+    vocabularies = [(embedding[0], embedding[1].weight.shape[0])] if embedding and "weight" in embedding[1] else []
+    vocabularies += [(head[0], linear_dims(head[1])[0])] if head else []
+    return found + [
+        f"{path}: a vocabulary of {count} is not divisible by {size}" for path, count in vocabularies if count % size
+    ]
 
 
 def _block_problems(site: BlockSite, size: int) -> Iterator[str]:
@@ -162,6 +163,10 @@ def _uncovered(site: BlockSite) -> Iterator[str]:
     for name, _ in tree_flatten(site.module.parameters()):
         if not any(name == path or name.startswith(f"{path}.") for path in known):
             yield f"{site.path}.{name}"
+
+
+def _name(model: nn.Module) -> str:
+    return getattr(model, "model_type", type(model).__name__)
 
 
 def _first_of_each(lines: list[str]) -> list[str]:

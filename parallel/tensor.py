@@ -42,9 +42,15 @@ class TensorParallel(Wrapper):
     """
 
     def __init__(self, module: nn.Module, group: comm.Group | None = None, *, plan: ModelPlan | None = None):
-        group = self.join("tp", group)
-        plan = plan_for(self) if plan is None else plan
-        check_plan(self, plan, group.size)
+        group = comm.init() if group is None else group
+        try:
+            plan = plan_for(self) if plan is None else plan
+            check_plan(self, plan, group.size)
+        except ValueError:
+            # Nothing is divided yet: leave the module as it was given.
+            self.__class__ = type(self).__bases__[1]
+            raise
+        self.join("tp", group)
         for site in find_blocks(self, plan):
             _shard_block(site, group)
         _shard_vocabulary(self, plan, group)

@@ -1,20 +1,24 @@
-"""Every case tensor-parallel on this world: loss, all gradients and optimizer steps against the saved reference."""
+"""Cases and checks of one launch: each case's loss, gradients and steps against the saved reference, then the checks.
+
+Arguments: reference folder, number of optimizer steps, cases, names of checks (both comma-separated, "-" = none).
+"""
 
 import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
-from cases import Case, first_gradients, relative_error, train, worst
+import tensor_checks
+from tensor_cases import Case, first_gradients, relative_error, train, worst
 
 import comm
 from parallel import TensorParallel, gather_tensors, model_layout
 
-group = comm.init()
-folder = Path(sys.argv[1])
-report = {}
-for name in sys.argv[2:]:
+
+def compare(name: str, folder: Path, num_steps: int, group: comm.Group) -> dict[str, Any]:
+    """Relative errors of one case."""
     started = time.monotonic()
     stem = name.replace(":", "-")
     right = json.loads((folder / f"{stem}.json").read_text())
@@ -22,14 +26,38 @@ for name in sys.argv[2:]:
     model = TensorParallel(Case(name).model(), group)
     loss, local = first_gradients(model)
     grads = dict(gather_tensors(model_layout(model), local.items()))
-    losses, norms = train(model)
-    report[name] = {
+    losses, norms = train(model, num_steps)
+    return {
         "names_agree": sorted(grads) == sorted(right_grads),
         "loss": abs(loss.item() / right["loss"] - 1),
         "gradient": worst({k: relative_error(grads[k], g) for k, g in right_grads.items() if k in grads}),
         "steps": max(abs(a / b - 1) for a, b in zip(losses, right["losses"])),
         "norms": max(abs(a / b - 1) for a, b in zip(norms, right["norms"])),
-        "num_split": len(model_layout(model)),
         "seconds": time.monotonic() - started,
     }
-print("RESULT " + json.dumps(report), flush=True)
+
+
+def run_check(name: str, world: comm.Group) -> Any:
+    """What a check reports; one named "mesh_..." is given a 2 x 2 mesh."""
+    started = time.monotonic()
+    if name.startswith("mesh_"):
+        shape = comm.MeshShape(dp_replicate=2, tp=2)
+        report = getattr(tensor_checks, name)(comm.Mesh.build(shape, world))
+    else:
+        report = getattr(tensor_checks, name)(world)
+    return {"report": report, "seconds": time.monotonic() - started}
+
+
+def main(folder: str, num_steps: str, cases: str, checks: str) -> None:
+    """Run everything and print one RESULT line."""
+    world = comm.init()
+    split = [[] if names == "-" else names.split(",") for names in (cases, checks)]
+    result = {
+        "cases": {name: compare(name, Path(folder), int(num_steps), world) for name in split[0]},
+        "checks": {name: run_check(name, world) for name in split[1]},
+    }
+    print("RESULT " + json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import mlx.core as mx
-from cases import Case, first_gradients, train
+from tensor_cases import Case, first_gradients, train
 
 folder = Path(sys.argv[1])
 for name in sys.argv[2:]:

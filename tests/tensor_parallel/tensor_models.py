@@ -1,6 +1,8 @@
 """Tiny random models of each architecture, and the methods that train them."""
 
 import importlib
+import json
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -15,7 +17,7 @@ BASE = {
     "intermediate_size": 128,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 16,
+    "head_dim": 32,
     "rms_norm_eps": 1e-6,
     "vocab_size": 128,
     "tie_word_embeddings": False,
@@ -27,8 +29,8 @@ EXPERTS = {
     "num_experts_per_tok": 2,
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
-    "moe_intermediate_size": 64,
-    "shared_expert_intermediate_size": 64,
+    "moe_intermediate_size": 128,
+    "shared_expert_intermediate_size": 128,
     "norm_topk_prob": True,
 }
 LINEAR_ATTENTION = {
@@ -113,3 +115,12 @@ def randomize_adapters(model: nn.Module, seed: int) -> None:
             key = mx.random.key(seed * 1000 + i)
             changed.append((name, 0.1 * mx.random.normal(array.shape, key=key)))
     model.update(tree_unflatten(changed))
+
+
+def save_large_model(folder: Path) -> None:
+    """A Qwen3 folder of more than 500 MB with constant weights."""
+    changes = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 6, "num_attention_heads": 16}
+    changes |= {"num_key_value_heads": 8, "head_dim": 64, "vocab_size": 32000}
+    shapes = [(name, array.shape) for name, array in tree_flatten(make_model("qwen3", **changes).parameters())]
+    mx.save_safetensors(str(folder / "model.safetensors"), {name: mx.full(shape, 0.01) for name, shape in shapes})
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen3", **BASE, **changes}))

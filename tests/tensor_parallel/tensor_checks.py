@@ -6,15 +6,25 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from cases import batch, first_gradients, logits_loss, loss_fn, relative_error, train, worst
+from tensor_cases import batch, first_gradients, loss_fn, relative_error, train, worst
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.generate import stream_generate
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.tuner.lora import LoRALinear
+from mlx_lm.tuner.trainer import grad_checkpoint
 from mlx_lm.tuner.utils import linear_to_lora_layers
-from tiny_models import add_adapters, make_model, prepare, randomize_adapters
+from tensor_models import add_adapters, make_model, prepare, randomize_adapters
 
 import comm
-from parallel import DataParallel, TensorParallel, gather_tensors, model_layout, shard_linear, value_and_grad
+from parallel import (
+    DataParallel,
+    TensorParallel,
+    clip_grad_norm,
+    gather_tensors,
+    model_layout,
+    shard_linear,
+    value_and_grad,
+)
 from parallel.plans import PLANS, BlockPlan, ModelPlan, rows
 from trainer.data import build_tokenizer
 from trainer.lora import DropoutKeys, LoRASpec, attach, find_targets
@@ -41,7 +51,7 @@ def message_counts(group: comm.Group) -> dict[str, Any]:
     """Messages of one more layer in a training step: activation-sized sums, and the sizes of all others."""
     result = {}
     plain, group._engine = group._engine, Recorder(group._engine)
-    for architecture in ("llama", "qwen3", "qwen3_5"):
+    for architecture in ("llama", "qwen3", "qwen3_moe", "qwen3_5"):
         for method in ("full", "lora"):
             counts = []
             for num_layers in (2, 4):
@@ -89,19 +99,53 @@ def adapters_after(group: comm.Group) -> dict[str, Any]:
             model.freeze()
             mx.random.seed(5)
             linear_to_lora_layers(model, 2, config)
-        initial = _largest_difference(models, group, dict)
+        initial = _largest_difference(models, group)
         for model in models:
-            _randomize(model, group)
-        result[architecture] = {"initial": initial, "gradient": _compare_gradients(*models, group)}
+            _randomize(model)
+        result[architecture] = {"initial": initial, "gradient": _compare_gradients(*models)}
     models = [make_model("qwen3"), TensorParallel(make_model("qwen3"), group)]
     for model in models:
         model.freeze()
     add_adapters(models[0], dora=True)
     divided = [(p, m.to_dora(r=4, scale=2.0)) for p, m in models[1].named_modules() if ".layers." in p and hasattr(m, "to_dora")]
     models[1].update_modules(tree_unflatten(divided))
+    initial = _largest_difference(models, group, "m")
     for model in models:
-        _randomize(model, group)
-    result["dora"] = {"initial": 0.0, "gradient": _compare_gradients(*models, group)}
+        _randomize(model)
+    result["dora"] = {"initial": initial, "gradient": _compare_gradients(*models)}
+    return result
+
+
+def adapters_by_name(group: comm.Group) -> dict[str, Any]:
+    """Adapters on routers, the head and the embedding, put in before; initial values, gradients."""
+    result = {}
+    for architecture in ("qwen3_moe", "llama"):
+        models = [make_model(architecture) for _ in range(2)]
+        for model in models:
+            model.freeze()
+            names = ["q_proj", "o_proj", "embed_tokens"] + (["mlp.gate", "lm_head"] if architecture == "qwen3_moe" else [])
+            paths = find_targets(model, names, "all", "lora")
+            attach(model, LoRASpec(paths, 4, 2.0, 0.0, "lora"), DropoutKeys(), seed=11)
+        TensorParallel(models[1], group)
+        initial = _largest_difference(models, group)
+        for model in models:
+            _randomize(model)
+        result[architecture] = {"initial": initial, "gradient": _compare_gradients(*models)}
+    return result
+
+
+def checkpointed_layers(group: comm.Group) -> dict[str, Any]:
+    """Gradients when each layer is computed again in the backward pass."""
+    result = {}
+    for method in ("full", "lora"):
+        whole = prepare(make_model("qwen3"), method)
+        divided = TensorParallel(prepare(make_model("qwen3"), method), group)
+        layer_class = type(divided.layers[0])
+        plain_call = layer_class.__call__
+        losses_and_grads = first_gradients(whole)
+        grad_checkpoint(divided.layers[0])
+        result[method] = _compare_with(*losses_and_grads, divided)
+        layer_class.__call__ = plain_call
     return result
 
 
@@ -116,12 +160,10 @@ def dropout(group: comm.Group) -> dict[str, Any]:
         attach(model, LoRASpec(paths, 4, 2.0, 0.3, "lora"), keys, seed=11)
         randomize_adapters(model, 1)
     TensorParallel(models[1], group)
-    by_key = _compare_gradients(*models, group)
+    by_key = _compare_gradients(*models)
     linears = [nn.Linear(32, 16) for _ in range(2)]
     for linear in linears:
         linear.update({"weight": mx.random.normal((16, 32), key=mx.random.key(1)), "bias": mx.zeros(16)})
-    from mlx_lm.tuner.lora import LoRALinear
-
     layers = []
     for linear in linears:
         mx.random.seed(9)
@@ -174,7 +216,7 @@ def wrong_plan(group: comm.Group) -> dict[str, Any]:
     cuts = {**mlp.cuts, "down_proj": rows(leaves=False)}
     wrong = ModelPlan((right.blocks[0], BlockPlan(name="mlp", marker="gate_proj", cuts=cuts)))
     whole, divided = make_model("qwen3"), TensorParallel(make_model("qwen3"), group, plan=wrong)
-    return {"gradient": _compare_gradients(whole, divided, group)}
+    return {"gradient": _compare_gradients(whole, divided)}
 
 
 def round_trip(group: comm.Group) -> dict[str, Any]:
@@ -213,8 +255,6 @@ def standalone_linears(group: comm.Group) -> dict[str, Any]:
             gate, value = mx.split(self.up(x), 2, axis=-1)
             return self.down(nn.silu(gate) * value)
 
-    from mlx_lm.tuner.lora import LoRALinear
-
     def _lora(linear: nn.Module) -> nn.Module:
         return LoRALinear.from_base(linear, r=4, scale=2.0)
 
@@ -239,7 +279,7 @@ def standalone_linears(group: comm.Group) -> dict[str, Any]:
     return result
 
 
-def data_and_tensor_parallel(mesh: Any) -> dict[str, Any]:
+def mesh_training(mesh: Any) -> dict[str, Any]:
     """Losses and norms of 2 x 2 ranks, each data-parallel rank with one row, against one device with both."""
     result = {}
     for method in ("full", "lora"):
@@ -255,8 +295,6 @@ def data_and_tensor_parallel(mesh: Any) -> dict[str, Any]:
 
 
 def _train_rows(model: nn.Module, rows_of_rank: slice, num_steps: int) -> tuple[list[float], list[float]]:
-    from parallel import clip_grad_norm
-
     model.train()
     optimizer = optim.AdamW(1e-3, bias_correction=True)
     step = value_and_grad(model, loss_fn)
@@ -271,22 +309,25 @@ def _train_rows(model: nn.Module, rows_of_rank: slice, num_steps: int) -> tuple[
     return losses, norms
 
 
-def _compare_gradients(whole: nn.Module, divided: nn.Module, group: comm.Group) -> tuple[str, float]:
-    losses, grads = zip(*(first_gradients(model) for model in (whole, divided)))
-    full = dict(gather_tensors(model_layout(divided), grads[1].items()))
-    errors = {name: relative_error(full[name], grad) for name, grad in grads[0].items()}
-    return worst({**errors, "loss": relative_error(losses[1], losses[0])})
+def _compare_gradients(whole: nn.Module, divided: nn.Module) -> tuple[str, float]:
+    return _compare_with(*first_gradients(whole), divided)
 
 
-def _largest_difference(models: list[nn.Module], group: comm.Group, kind: type) -> float:
-    whole = kind(tree_flatten(models[0].trainable_parameters()))
-    local = tree_flatten(models[1].trainable_parameters())
-    full = kind(gather_tensors(model_layout(models[1]), local))
+def _compare_with(loss: mx.array, grads: dict[str, mx.array], divided: nn.Module) -> tuple[str, float]:
+    divided_loss, local = first_gradients(divided)
+    full = dict(gather_tensors(model_layout(divided), local.items()))
+    errors = {name: relative_error(full[name], grad) for name, grad in grads.items()}
+    return worst({**errors, "loss": relative_error(divided_loss, loss)})
+
+
+def _largest_difference(models: list[nn.Module], group: comm.Group, ending: str = "") -> float:
+    whole = dict(tree_flatten(models[0].trainable_parameters()))
+    full = dict(gather_tensors(model_layout(models[1]), tree_flatten(models[1].trainable_parameters())))
     assert list(whole) == list(full), f"names differ: {set(whole) ^ set(full)}"
-    return max(abs(full[name] - array).max().item() for name, array in whole.items())
+    return max(abs(full[name] - array).max().item() for name, array in whole.items() if name.endswith(ending))
 
 
-def _randomize(model: nn.Module, group: comm.Group) -> None:
+def _randomize(model: nn.Module) -> None:
     """Both factors random, whole on one device and sliced on the ranks."""
     layout = model_layout(model)
     changed = []

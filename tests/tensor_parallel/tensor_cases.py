@@ -7,12 +7,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten
-from tiny_models import make_model, prepare
+from tensor_models import METHODS, make_model, prepare
 
 from parallel import clip_grad_norm, cross_entropy, hidden_and_head, value_and_grad
 
 NUM_STEPS = 20
 ROWS, TOKENS = 2, 13
+MAIN_CASES = [f"{a}:{m}" for a in ("llama", "qwen3", "qwen3_moe", "qwen3_5") for m in METHODS]
+LORA_CASES = [f"{a}:lora" for a in ("mistral", "qwen2", "qwen3_5_moe", "gemma3", "phi3")]
 
 
 @dataclass(frozen=True)
@@ -23,12 +25,12 @@ class Case:
 
     @property
     def architecture(self) -> str:
-        """Key of `tiny_models.ARCHITECTURES`."""
+        """Key of `tensor_models.ARCHITECTURES`."""
         return self.name.split(":")[0]
 
     @property
     def method(self) -> str:
-        """One of `tiny_models.METHODS`."""
+        """One of `tensor_models.METHODS`."""
         return self.name.split(":")[1]
 
     def model(self) -> nn.Module:

@@ -1,0 +1,78 @@
+"""One launch per backend and number of ranks, shared by all tests of this folder; the reference is trained once."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import ROOT, run_ranks
+from tensor_cases import LORA_CASES, MAIN_CASES
+from tensor_models import save_large_model
+
+HERE = Path(__file__).parent
+PATHS = os.pathsep.join(map(str, (ROOT, ROOT / "tests", HERE)))
+CHECKS = [
+    "message_counts",
+    "generation",
+    "adapters_after",
+    "adapters_by_name",
+    "dropout",
+    "checkpointed_layers",
+    "wrapper_behaviour",
+    "wrong_plan",
+    "round_trip",
+    "standalone_linears",
+]
+WIDE_CHECKS = ["round_trip", "generation", "mesh_training"]
+TIMEOUT_SECONDS = 300
+
+
+def launch(
+    num_ranks: int, backend: str, folder: Path, num_steps: int, cases: list[str], checks: list[str]
+) -> list[dict[str, Any]]:
+    """Results of all ranks of one launch."""
+    arguments = [str(folder), str(num_steps), ",".join(cases) or "-", ",".join(checks) or "-"]
+    worker = HERE / "workers" / "parity.py"
+    results = run_ranks(
+        worker, num_ranks, backend=backend, args=arguments, timeout=TIMEOUT_SECONDS, env={"PYTHONPATH": PATHS}
+    )
+    return [result.result for result in results]
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with losses, norms and gradients of every case on one device."""
+    folder = tmp_path_factory.mktemp("reference")
+    command = [sys.executable, str(HERE / "workers" / "reference.py"), str(folder), *MAIN_CASES, *LORA_CASES]
+    subprocess.run(command, check=True, timeout=TIMEOUT_SECONDS, env={**os.environ, "PYTHONPATH": PATHS})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ring_of_two(reference: Path) -> list[dict[str, Any]]:
+    """All cases and checks on two ranks over TCP."""
+    return launch(2, "ring", reference, 20, MAIN_CASES + LORA_CASES, CHECKS)
+
+
+@pytest.fixture(scope="session")
+def mpi_of_two(reference: Path) -> list[dict[str, Any]]:
+    """The main cases on two ranks over MPI."""
+    return launch(2, "mpi", reference, 20, MAIN_CASES, [])
+
+
+@pytest.fixture(scope="session")
+def mpi_of_four(reference: Path) -> list[dict[str, Any]]:
+    """More ranks than key-value heads: the main cases, fused projections, and a 2 x 2 mesh."""
+    return launch(4, "mpi", reference, 4, [*MAIN_CASES, "phi3:lora"], WIDE_CHECKS)
+
+
+@pytest.fixture(scope="session")
+def saved_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A model folder of more than 500 MB, removed at the end."""
+    folder = tmp_path_factory.mktemp("large")
+    save_large_model(folder)
+    yield folder
+    (folder / "model.safetensors").unlink()
