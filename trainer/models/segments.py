@@ -1,0 +1,122 @@
+"""Which tokens may see which in training rows: several documents in a row, sliding windows.
+
+mlx-lm's models ask their ``cache`` argument for masks. The objects here answer that one question and hold nothing else; layers
+extended by ``prepare_for_training`` read windows and documents from them.
+"""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+# Architectures for which per-document losses and all gradients of packed rows were shown equal to those of separate rows
+# (tests/models/test_packing.py). The others refuse.
+PACKING_PROVEN = frozenset(
+    ("gemma3_text", "llama", "mistral", "qwen2", "qwen3", "qwen3_5", "qwen3_5_moe", "qwen3_5_text", "qwen3_moe", "qwen3_next")
+)
+# The window that a batch's longest document sets is rounded up to this, so that few shapes occur.
+WINDOW_STEP = 128
+
+
+@dataclass(frozen=True)
+class TrainingMask:
+    """A causal mask in words.
+
+    Attributes:
+        window: keys a query sees at most, itself included; None = all.
+        segments: (B, T) document numbers, or None.
+    """
+
+    window: int | None
+    segments: mx.array | None
+
+    def array(self, num_tokens: int) -> mx.array:
+        """(B or 1, 1, T, T) bool, True where the key is seen."""
+        distance = mx.arange(num_tokens)[:, None] - mx.arange(num_tokens)
+        visible = (distance >= 0)[None, None]
+        if self.window is not None:
+            visible = visible & (distance < self.window)
+        if self.segments is not None:
+            visible = visible & (self.segments[:, None, :, None] == self.segments[:, None, None, :])
+        return visible
+
+
+@dataclass(frozen=True)
+class AttentionSegments:
+    """Stands where mlx-lm expects a layer's key-value cache.
+
+    Attributes:
+        segments: (B, T) document numbers, or None for one document a row.
+        longest: an upper bound on the documents' lengths, or None.
+        positions: (B, T) each token's place in its document, or None.
+    """
+
+    segments: mx.array | None = None
+    longest: int | None = None
+    positions: mx.array | None = None
+
+    def make_mask(self, num_tokens: int, return_array: bool = False, window_size: int | None = None) -> TrainingMask | mx.array:
+        """The mask of a layer with this window."""
+        limits = [limit for limit in (window_size, self.longest) if limit is not None and limit < num_tokens]
+        mask = TrainingMask(min(limits, default=None), self.segments)
+        return mask.array(num_tokens) if return_array else mask
+
+
+@dataclass(frozen=True)
+class StateSegments:
+    """Stands where mlx-lm expects the cache of a layer with a recurrent state. The attribute is that of :class:`AttentionSegments`."""
+
+    segments: mx.array | None = None
+
+    def make_mask(self, num_tokens: int) -> None:
+        """No mask: padding comes last, where it changes nothing that counts."""
+
+
+def segment_caches(layers: list[nn.Module], segments: mx.array | None) -> list[AttentionSegments | StateSegments]:
+    """What to give as ``cache`` to a model with these layers, to keep the documents of packed rows apart.
+
+    Args:
+        layers: the model's decoder layers.
+        segments: (B, T) int, one number per document, 0 for padding; None = one document a row.
+    """
+    if segments is None:
+        attention = AttentionSegments()
+    else:
+        attention = AttentionSegments(segments, _longest_document(segments), positions_in_document(segments))
+    state = StateSegments(segments)
+    return [state if has_state(layer) else attention for layer in layers]
+
+
+def positions_in_document(segments: mx.array) -> mx.array:
+    """(B, T) document numbers to each token's place in its document, from 0."""
+    index = mx.broadcast_to(mx.arange(segments.shape[1]), segments.shape)
+    before = mx.concatenate([segments[:, :1], segments[:, :-1]], axis=1)
+    return index - mx.cummax(mx.where(segments != before, index, 0), axis=1)
+
+
+def has_state(layer: nn.Module) -> bool:
+    """Whether a decoder layer carries a recurrent state."""
+    return bool(getattr(layer, "is_linear", False))
+
+
+def packing_supported(model: nn.Module) -> str | None:
+    """None where packed rows are proven exact for ``model``, else the reason why not, with the architecture's name."""
+    model_type = getattr(getattr(model, "language_model", model), "model_type", type(model).__name__)
+    if model_type not in PACKING_PROVEN:
+        return f"packing is not proven exact for {model_type}; it is for {', '.join(sorted(PACKING_PROVEN))}."
+    if any(type(module).__name__ == "DynamicNTKScalingRoPE" for module in model.modules()):
+        return f"packing is not exact for this {model_type}: its RoPE depends on the length of the row."
+    return None
+
+
+def _longest_document(segments: mx.array) -> int | None:
+    """Length of the batch's longest run of one number, rounded up; None inside ``mx.compile``, where it cannot be read."""
+    try:
+        numbers = np.array(segments)
+    except ValueError:
+        return None
+    # Runs end where the number changes, and at the end of each row.
+    ends = np.concatenate([numbers[:, 1:] != numbers[:, :-1], np.ones((len(numbers), 1), bool)], axis=1).reshape(-1)
+    longest = np.diff(np.flatnonzero(ends), prepend=-1).max()
+    return int(-(-longest // WINDOW_STEP) * WINDOW_STEP)
