@@ -104,6 +104,26 @@ def _generate(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", metavar="RUN", help="a run's output folder, or one of its checkpoints")
+    parser.add_argument(
+        "--to",
+        choices=("peft", "fused"),
+        required=True,
+        help="peft: adapter folder for transformers + PEFT; fused: base and adapter as one model for mlx-lm",
+    )
+    parser.add_argument("--output", metavar="FOLDER", help="where to write (default: RUN/peft or RUN/fused)")
+    parser.add_argument("--base-model", metavar="NAME", help="peft: base model to name, where the run's was quantized")
+    parser.add_argument(
+        "--multimodal", action="store_true", help="peft: for the transformers class that keeps the vision tower"
+    )
+    parser.add_argument(
+        "--requantize",
+        action="store_true",
+        help="fused: keep a quantized base quantized; the adapted weights lose precision (default: dequantize)",
+    )
+
+
 def _ls(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("pattern", metavar="TEXT", nargs="?", default="", help="only names that contain this")
 
@@ -114,6 +134,21 @@ def _cp(parser: argparse.ArgumentParser) -> None:
         "target", metavar="FILE", nargs="?", default=".", help="file or folder (default: here)"
     )
     parser.add_argument("--force", action="store_true", help="write over a file that is there")
+
+
+def _report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="output folders of runs; several share every chart")
+    parser.add_argument(
+        "--out", metavar="FILE", default="report.html", help="the HTML file (default: report.html)"
+    )
+
+
+def _dashboard(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--entity", metavar="E", required=True, help="W&B user or team")
+    parser.add_argument("--project", metavar="P", required=True, help="W&B project of the runs")
+    parser.add_argument(
+        "--dry-run", metavar="FILE", help="write the workspace's definition to a file instead of to W&B"
+    )
 
 
 def _nothing(parser: argparse.ArgumentParser) -> None:
@@ -165,12 +200,30 @@ VERBS = {
         "python -m trainer generate runs/quickstart --rows 5",
         _generate,
     ),
+    "export": Verb(
+        "trainer.export:main",
+        "Write a run's result as a PEFT adapter, or fused into one model.",
+        "python -m trainer export runs/qwen-9b-lora --to peft",
+        _export,
+    ),
     "ls": Verb("trainer.shipped:ls", "List the recipes that come along.", "python -m trainer ls qwen", _ls),
     "cp": Verb(
         "trainer.shipped:cp",
         "Copy a recipe that comes along, to change it.",
         "python -m trainer cp qwen-9b-lora my-recipe.yaml",
         _cp,
+    ),
+    "report": Verb(
+        "trainer.report:main",
+        "Put runs into one HTML file: curves, speed, memory, answers, and what differs.",
+        "python -m trainer report runs/quickstart --out report.html",
+        _report,
+    ),
+    "dashboard": Verb(
+        "trainer.dashboard:main",
+        "Build a W&B workspace with panels for throughput, loss, communication and memory.",
+        "python -m trainer dashboard --entity me --project my-runs --dry-run workspace.json",
+        _dashboard,
     ),
     "schema": Verb(
         "trainer.schema:main",
