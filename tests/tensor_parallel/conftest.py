@@ -25,6 +25,7 @@ CHECKS = [
     "wrong_plan",
     "round_trip",
     "standalone_linears",
+    "prepared_layers",
 ]
 WIDE_CHECKS = ["round_trip", "generation", "mesh_training"]
 TIMEOUT_SECONDS = 300

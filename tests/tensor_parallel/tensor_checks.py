@@ -5,8 +5,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as optim
-from tensor_cases import batch, first_gradients, loss_fn, relative_error, train, worst
+from tensor_cases import batch, first_gradients, relative_error, worst
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.generate import stream_generate
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -16,15 +15,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from tensor_models import add_adapters, make_model, prepare, randomize_adapters
 
 import comm
-from parallel import (
-    DataParallel,
-    TensorParallel,
-    clip_grad_norm,
-    gather_tensors,
-    model_layout,
-    shard_linear,
-    value_and_grad,
-)
+from parallel import DataParallel, TensorParallel, gather_tensors, model_layout, shard_linear
 from parallel.plans import PLANS, BlockPlan, ModelPlan, rows
 from trainer.data import build_tokenizer
 from trainer.lora import DropoutKeys, LoRASpec, attach, find_targets
@@ -277,36 +268,6 @@ def standalone_linears(group: comm.Group) -> dict[str, Any]:
         errors["value"] = relative_error(divided_value, value)
         result[label] = worst(errors)
     return result
-
-
-def mesh_training(mesh: Any) -> dict[str, Any]:
-    """Losses and norms of 2 x 2 ranks, each data-parallel rank with one row, against one device with both."""
-    result = {}
-    for method in ("full", "lora"):
-        losses, norms = train(prepare(make_model("qwen3"), method), num_steps=5)
-        model = DataParallel(TensorParallel(prepare(make_model("qwen3"), method), mesh.tp), mesh.dp_replicate)
-        rank = mesh.dp_replicate.rank
-        divided_losses, divided_norms = _train_rows(model, slice(rank, rank + 1), num_steps=5)
-        result[method] = {
-            "steps": max(abs(a / b - 1) for a, b in zip(divided_losses, losses)),
-            "norms": max(abs(a / b - 1) for a, b in zip(divided_norms, norms)),
-        }
-    return result
-
-
-def _train_rows(model: nn.Module, rows_of_rank: slice, num_steps: int) -> tuple[list[float], list[float]]:
-    model.train()
-    optimizer = optim.AdamW(1e-3, bias_correction=True)
-    step = value_and_grad(model, loss_fn)
-    losses, norms = [], []
-    for i in range(num_steps):
-        loss, grads, _ = step([{key: array[rows_of_rank] for key, array in batch(i).items()}])
-        grads, norm = clip_grad_norm(grads, 1.0, model)
-        optimizer.update(model, grads)
-        mx.eval(loss, norm, model.parameters(), optimizer.state)
-        losses.append(loss.item())
-        norms.append(norm.item())
-    return losses, norms
 
 
 def _compare_gradients(whole: nn.Module, divided: nn.Module) -> tuple[str, float]:

@@ -71,6 +71,15 @@ def test_checkpointed_layers(ring_of_two: Results, method: str) -> None:
         assert error < GRADIENT_TOLERANCE, f"gradient of {worst} off by {error}"
 
 
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3_5", "gemma3"])
+def test_packed_rows_and_loss_without_logits(ring_of_two: Results, architecture: str, method: str) -> None:
+    """Catches training-time layers that see whole dimensions, and a chunked loss that takes a slice for the vocabulary."""
+    for report in reports(ring_of_two, "prepared_layers"):
+        worst, error = report[f"{architecture}:{method}"]
+        assert error < GRADIENT_TOLERANCE, f"gradient of {worst} off by {error}"
+
+
 def test_dropout_masks_are_the_whole_models(ring_of_two: Results) -> None:
     """Catches masks that differ between ranks, and masks of a slice drawn for the slice."""
     for report in reports(ring_of_two, "dropout"):

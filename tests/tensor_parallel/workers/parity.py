@@ -11,6 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 import tensor_checks
+import tensor_training
 from tensor_cases import Case, first_gradients, relative_error, train, worst
 
 import comm
@@ -40,11 +41,9 @@ def compare(name: str, folder: Path, num_steps: int, group: comm.Group) -> dict[
 def run_check(name: str, world: comm.Group) -> Any:
     """What a check reports; one named "mesh_..." is given a 2 x 2 mesh."""
     started = time.monotonic()
-    if name.startswith("mesh_"):
-        shape = comm.MeshShape(dp_replicate=2, tp=2)
-        report = getattr(tensor_checks, name)(comm.Mesh.build(shape, world))
-    else:
-        report = getattr(tensor_checks, name)(world)
+    check = getattr(tensor_checks, name, None) or getattr(tensor_training, name)
+    mesh_or_world = comm.Mesh.build(comm.MeshShape(dp_replicate=2, tp=2), world) if name.startswith("mesh_") else world
+    report = check(mesh_or_world)
     return {"report": report, "seconds": time.monotonic() - started}
 
 

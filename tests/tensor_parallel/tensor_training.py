@@ -1,0 +1,52 @@
+"""Checks that train: on a 2 x 2 mesh, and with the training-time layers and loss of `trainer.models`."""
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from tensor_cases import ROWS, TOKENS, batch, relative_error, train, worst
+from tensor_models import make_model, prepare
+
+import comm
+from parallel import DataParallel, TensorParallel, gather_tensors, hidden_and_head, model_layout
+from trainer.models.linear_cross_entropy import linear_cross_entropy
+from trainer.models.prepare import prepare_for_training
+
+
+def mesh_training(mesh: comm.Mesh) -> dict[str, Any]:
+    """Losses and norms of 2 x 2 ranks, each data-parallel rank with one row, against one device with both."""
+    result = {}
+    rank = mesh.dp_replicate.rank
+    for method in ("full", "lora"):
+        losses, norms = train(prepare(make_model("qwen3"), method), 4)
+        model = DataParallel(TensorParallel(prepare(make_model("qwen3"), method), mesh.tp), mesh.dp_replicate)
+        divided_losses, divided_norms = train(model, 4, slice(rank, rank + 1))
+        result[method] = {
+            "steps": max(abs(a / b - 1) for a, b in zip(divided_losses, losses)),
+            "norms": max(abs(a / b - 1) for a, b in zip(divided_norms, norms)),
+        }
+    return result
+
+
+def prepared_layers(group: comm.Group) -> dict[str, Any]:
+    """Gradients with packed rows, chunked attention and the loss that keeps no logits, whole against divided."""
+    result = {}
+    for architecture in ("llama", "qwen3_5", "gemma3"):
+        for method in ("full", "lora"):
+            models = []
+            for _ in range(2):
+                model = prepare_for_training(make_model(architecture))
+                models.append(prepare(model, method).train())
+            TensorParallel(models[1], group)
+            (loss, grads), (divided_loss, local) = [nn.value_and_grad(m, _packed_loss)(m, batch(0)) for m in models]
+            full = dict(gather_tensors(model_layout(models[1]), tree_flatten(local)))
+            errors = {name: relative_error(full[name], grad) for name, grad in tree_flatten(grads)}
+            result[f"{architecture}:{method}"] = worst({**errors, "loss": relative_error(divided_loss, loss)})
+    return result
+
+
+def _packed_loss(model: nn.Module, batch: dict[str, mx.array]) -> mx.array:
+    segments = mx.broadcast_to(1 + (mx.arange(TOKENS) >= 7), (ROWS, TOKENS))
+    hidden, head = hidden_and_head(model, batch["tokens"], segments)
+    return linear_cross_entropy(hidden[:, :-1], head, batch["tokens"][:, 1:], batch["mask"][:, 1:])[0]
