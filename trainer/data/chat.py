@@ -1,15 +1,16 @@
 """Where the assistant's turns lie in a rendered chat, found by asking the tokenizer's own chat template.
 
 Templates rewrite earlier turns (Qwen3 drops their thinking), trim text or merge messages, so the conversation up
-to a turn need not be a prefix of the whole. Instead a probe character is put into one message of the whole chat:
-what follows it in that render must also end the real one, which fixes where the message ends *in place*.
+to a turn need not be a prefix of the whole. Instead a probe character is put into the messages of the whole chat:
+what stands around it in that render must also stand in the real one, which fixes where a message ends *in place*.
 A turn runs from the end of the generation prompt to its end-of-turn token. Where that cannot be shown to hold,
 `ChatTemplateError` is raised; nothing is guessed.
 """
 
+import os
 from typing import Any
 
-PROBE = "\ue000"  # private use: no chat contains it, no template treats it as white space
+PROBES = [chr(code) for code in range(0xE000, 0xF900)]  # private use: in no chat, and not white space to a template
 
 
 class ChatTemplateError(ValueError):
@@ -49,58 +50,65 @@ def assistant_turns(
     Raises:
         ChatTemplateError: when a turn's place cannot be shown.
     """
+    ends = _message_ends(tokenizer, messages, tools, text)
     tokens = special_tokens(tokenizer)
     turns: list[tuple[int, int, int]] = []
     for position, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        start = _turn_start(tokenizer, messages, tools, text, position)
-        answer_stop, stop = _turn_stop(tokenizer, tokens, messages, tools, text, position)
-        if not start < answer_stop <= stop or (turns and start < turns[-1][2]):
+        if min(ends[max(position - 1, 0) : position + 1]) < 0:
             raise _cannot_find(position)
-        turns.append((start, answer_stop, stop))
+        start = _turn_start(tokenizer, messages, tools, text, position, ends)
+        stop = _turn_stop(tokenizer, tokens, messages, tools, text, position, ends)
+        if not start < ends[position] <= stop or (turns and start < turns[-1][2]):
+            raise _cannot_find(position)
+        turns.append((start, ends[position], stop))
     return turns
 
 
-def _turn_start(tokenizer: Any, messages: list[dict], tools: list | None, text: str, position: int) -> int:
+def _turn_start(
+    tokenizer: Any, messages: list[dict], tools: list | None, text: str, position: int, ends: list[int]
+) -> int:
     """Where the generation prompt ends, or the part of it that this turn has.
 
     An earlier turn may have less of it than a fresh prompt (Qwen3.5 opens its thinking only in the last one), so
-    the prompt is matched as far as it goes, and never into the turn's own words.
+    the prompt is matched as far as it goes, and then never into the turn's own words.
     """
-    own_words = _common_prefix(text, render_chat(tokenizer, _replaced(messages, position), tools))
-    if position == 0:
-        return own_words
-    before = position - 1
-    stop_before = len(text) - len(_after_message(tokenizer, messages, tools, text, before))
-    history = messages[:position]
-    prompt = render_chat(tokenizer, history, tools, generate=True)
-    header = _after_message(tokenizer, history, tools, prompt, before, generate=True)
-    num_matched = _common_prefix(text[stop_before:], header)
-    if header[num_matched:].strip() and stop_before + num_matched < own_words:
+    header, matched, before = "", 0, 0
+    if position > 0:
+        before = ends[position - 1]
+        header = _after_probe(tokenizer, messages[:position], tools, generate=True)
+        matched = _common_prefix(text[before : before + len(header)], header)
+        if matched == len(header):
+            return before + matched
+    other_words = [*messages[:position], {"role": "assistant", "content": PROBES[0]}, *messages[position + 1 :]]
+    own_words = _common_prefix(text, render_chat(tokenizer, other_words, tools))
+    if header[matched:].strip() and before + matched < own_words:
         raise _cannot_find(position)  # something stands before the turn's words that the prompt has not
-    return min(stop_before + num_matched, own_words)
+    return min(before + matched, own_words) if position > 0 else own_words
 
 
 def _turn_stop(
-    tokenizer: Any, tokens: set[str], messages: list[dict], tools: list | None, text: str, position: int
-) -> tuple[int, int]:
-    """Where the assistant's words end, and where the token that ends the turn does."""
-    after = _after_message(tokenizer, messages, tools, text, position)
-    answer_stop = len(text) - len(after)
-    alone = messages[: position + 1]
-    is_last = len(alone) == len(messages)
-    closing = after if is_last else _after_message(
-        tokenizer, alone, tools, render_chat(tokenizer, alone, tools), position
-    )
+    tokenizer: Any,
+    tokens: set[str],
+    messages: list[dict],
+    tools: list | None,
+    text: str,
+    position: int,
+    ends: list[int],
+) -> int:
+    """Where the token that ends the turn does, or what the template writes after a turn where there is none."""
+    after = text[ends[position] :]
+    is_last = position == len(messages) - 1
+    closing = after if is_last else _after_probe(tokenizer, messages[: position + 1], tools)
     token_start = min((closing.index(token) for token in tokens if token in closing), default=-1)
     if token_start < 0:
-        return answer_stop, answer_stop + _common_prefix(closing, after)
+        return ends[position] + _common_prefix(closing, after)
     # The last turn of a chat may end with another token than the earlier ones (gpt-oss: <|return|> and <|end|>).
-    ends = [len(token) for token in tokens if after.startswith(token, token_start)]
-    if after[:token_start] != closing[:token_start] or not ends:
+    token_lengths = [len(token) for token in tokens if after.startswith(token, token_start)]
+    if after[:token_start] != closing[:token_start] or not token_lengths:
         raise _cannot_find(position)
-    return answer_stop, answer_stop + token_start + max(ends)
+    return ends[position] + token_start + max(token_lengths)
 
 
 def special_tokens(tokenizer: Any) -> set[str]:
@@ -109,33 +117,48 @@ def special_tokens(tokenizer: Any) -> set[str]:
     return {token for token in added | set(tokenizer.all_special_tokens) if token.strip()}
 
 
-def _after_message(
-    tokenizer: Any, messages: list[dict], tools: list | None, text: str, position: int, generate: bool = False
+def _message_ends(tokenizer: Any, messages: list[dict], tools: list | None, text: str) -> list[int]:
+    """Where each message ends in `text`, -1 where that cannot be shown.
+
+    One render with a probe in every message is tried first. Where it is not the text with probes in it (a template
+    that trims, tool calls), each message gets a render of its own.
+    """
+    probed = render_chat(tokenizer, [_probed(*item) for item in zip(messages, PROBES)], tools)
+    ends = [probed.find(probe) - number for number, probe in enumerate(PROBES[: len(messages)])]
+    pieces = zip([0, *ends], [*ends, len(text)])
+    if ends == sorted(ends) and probed == "".join(
+        text[start:stop] + probe for (start, stop), probe in zip(pieces, [*PROBES[: len(messages)], ""])
+    ):
+        return ends
+    for position in range(len(messages)):
+        try:
+            after = _after_probe(tokenizer, messages, tools, position)
+        except ChatTemplateError:
+            after = None
+        ends[position] = len(text) - len(after) if after is not None and text.endswith(after) else -1
+    return ends
+
+
+def _after_probe(
+    tokenizer: Any, messages: list[dict], tools: list | None, position: int = -1, generate: bool = False
 ) -> str:
-    """The part of `text` that follows message `position`."""
-    probed = render_chat(tokenizer, _extended(messages, position), tools, generate)
-    _, found, after = probed.partition(PROBE)
-    if not found or PROBE in after or not text.endswith(after):
+    """What the template writes after message `position`."""
+    position %= len(messages)
+    probed = [*messages[:position], _probed(messages[position], PROBES[0]), *messages[position + 1 :]]
+    _, found, after = render_chat(tokenizer, probed, tools, generate).partition(PROBES[0])
+    if not found or PROBES[0] in after:
         raise _cannot_find(position)
     return after
 
 
-def _extended(messages: list[dict], position: int) -> list[dict]:
-    """The messages with the probe at the end of one; its tool calls go, as they are rendered after the words."""
-    message = {key: value for key, value in messages[position].items() if key != "tool_calls"}
-    return [*messages[:position], message | {"content": (message["content"] or "") + PROBE}, *messages[position + 1 :]]
-
-
-def _replaced(messages: list[dict], position: int) -> list[dict]:
-    probe = {"role": messages[position]["role"], "content": PROBE}
-    return [*messages[:position], probe, *messages[position + 1 :]]
+def _probed(message: dict, probe: str) -> dict:
+    """The message with the probe at its end; its tool calls go, as they are rendered after the words."""
+    kept = {key: value for key, value in message.items() if key != "tool_calls"}
+    return kept | {"content": (message["content"] or "") + probe}
 
 
 def _common_prefix(first: str, second: str) -> int:
-    for index, (one, other) in enumerate(zip(first, second)):
-        if one != other:
-            return index
-    return min(len(first), len(second))
+    return len(os.path.commonprefix([first, second]))
 
 
 def _cannot_find(position: int) -> ChatTemplateError:
