@@ -14,9 +14,9 @@ import comm
 
 WORKER = Path(__file__).parent / "workers" / "step.py"
 CASES = {
-    "lora": {"model": "qwen3", "method": "lora", "lora": {"dropout": 0.3}},
-    "full": {"model": "qwen3", "method": "full"},
-    "moe": {"model": "qwen3_moe", "method": "lora"},
+    "lora": {"architecture": "qwen3", "method": "lora", "lora": {"dropout": 0.3}},
+    "full": {"architecture": "qwen3", "method": "full"},
+    "moe": {"architecture": "qwen3_moe", "method": "lora"},
 }
 TOLERANCE = 1e-5  # float32, relative to each tensor's largest entry
 

@@ -15,7 +15,7 @@ WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu x
 CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {
         "model_type": "qwen3_moe",
-        "hidden_size": 32,
+        "hidden_size": 64,
         "num_hidden_layers": 2,
         "intermediate_size": 64,
         "num_attention_heads": 4,
@@ -67,10 +67,10 @@ def write_rows(folder: Path, num_rows: int = 48) -> Path:
     return path
 
 
-def tiny_recipe(rows: Path, output_dir: Path, model: str = "qwen3", **changes: Any) -> Recipe:
+def tiny_recipe(rows: Path, output_dir: Path, architecture: str = "qwen3", **changes: Any) -> Recipe:
     """A checked recipe of a few small steps; `changes` are top-level keys (sections are merged)."""
     values: dict[str, Any] = {
-        "model": model_section(model),
+        "model": model_section(architecture),
         "data": {"train": str(rows), "max_seq_len": 64},
         "batch_size_per_device": 4,
         "max_steps": 6,
