@@ -1,0 +1,59 @@
+"""The model card of an exported model: what it was made from, how to load it, what it reached."""
+
+from pathlib import Path
+
+from trainer.config import Recipe
+from trainer.metrics import read_rows
+from trainer.recipe import to_yaml
+
+RESULT_KEYS = ("train/global_step", "train/loss", "eval/loss", "eval/ppl", "eval/exact_match")
+
+USAGE = {
+    "peft": """```python
+from peft import PeftModel
+from transformers import {model_class}
+
+model = {model_class}.from_pretrained("{base}")
+model = PeftModel.from_pretrained(model, "PATH_OF_THIS_FOLDER")
+```""",
+    "mlx-lm": """```shell
+mlx_lm.generate --model PATH_OF_THIS_FOLDER --prompt "..."
+```""",
+}
+
+
+def model_card(recipe: Recipe, library: str, metrics: Path, *, model_class: str, base: str, notes: list[str]) -> str:
+    """The text of `README.md`, with the front matter that the Hugging Face hub reads.
+
+    Args:
+        recipe: of the run.
+        library: "peft" | "mlx-lm".
+        metrics: the run's metrics.jsonl; may be missing.
+        model_class: transformers class that holds the model.
+        base: the base model's repository or folder.
+        notes: sentences on what differs from base + adapter.
+    """
+    lines = ["---", f"library_name: {library}", "pipeline_tag: text-generation"]
+    if not Path(base).exists():  # the hub refuses anything but repositories here
+        lines.append(f"base_model: {base}")
+    lines += ["tags:", "- mlx-trainer", f"- {recipe.method}", "---", ""]
+    lines += [f"# {Path(base).name}, fine-tuned ({recipe.method})", ""]
+    lines += [f"Trained with mlx-trainer from {base} on {_data_names(recipe)}.", *notes, ""]
+    lines += ["## Use", "", USAGE[library].format(model_class=model_class, base=base), ""]
+    results = last_values(metrics)
+    if results:
+        lines += ["## Results", "", "| metric | last value |", "|---|---|"]
+        lines += [f"| {key} | {value:g} |" for key, value in results.items()] + [""]
+    lines += ["## Recipe", "", "```yaml", to_yaml(recipe).strip(), "```", ""]
+    return "\n".join(lines)
+
+
+def last_values(metrics: Path) -> dict[str, float]:
+    """The last value of each key of RESULT_KEYS that the run logged."""
+    values = {key: row[key] for row in read_rows(metrics) for key in RESULT_KEYS if row.get(key) is not None}
+    return {key: values[key] for key in RESULT_KEYS if key in values}
+
+
+def _data_names(recipe: Recipe) -> str:
+    train = recipe.data.train
+    return train if isinstance(train, str) else ", ".join(source.path for source in train)
