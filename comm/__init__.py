@@ -17,7 +17,7 @@ _HOME = {
     "Mesh": "mesh",
     "MeshShape": "mesh",
     "init": "backend",
-    "leave": "backend",
+    "leave": "watchdog",
     "solo": "group",
     "all_gather_object": "objects",
     "broadcast_object": "objects",

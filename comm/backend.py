@@ -1,10 +1,11 @@
-"""Starting a backend: `init`, `leave`, and reading what the launcher left in the environment.
+"""Starting a backend: `init`, and reading what the launcher left in the environment.
 
 Works under `python -m comm launch`, `mlx.launch`, `mpirun` and alone. MLX's own `init` is always
 called strictly and only with a complete environment: it would otherwise remember a group of one
 rank for ever.
 """
 
+import faulthandler
 import functools
 import json
 import os
@@ -18,6 +19,7 @@ from comm.environment import environment, missing_variables, ring_hosts
 from comm.capabilities import CAPABILITIES
 from comm.group import Group
 from comm.subgroups import SubGroups
+from comm.watchdog import start_watchdog, timeout_seconds
 
 _ORDER = ("nccl", "jaccl-ring", "jaccl", "ring", "mpi")  # the most particular environment first
 
@@ -43,17 +45,6 @@ def init(backend: str = "any") -> Group:
     if chosen is None:
         return _world("none")
     return _world(chosen)
-
-
-def leave(code: int) -> None:
-    """Ends this process at once with exit code `code`, without MLX's or MPI's clean-up.
-
-    The only safe exit after an error on one of several ranks: MPI's clean-up waits for ranks that
-    are themselves waiting for this one. Never returns.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def _chosen(backend: str, environ: Mapping[str, str]) -> str | None:
@@ -82,6 +73,10 @@ def _world(backend: str) -> Group:
     if size and limit and size > limit:
         raise ValueError(f"{backend} reaches at most {limit} ranks, but {size} were launched.")
     name = "jaccl" if backend == "jaccl-ring" else backend
+    # Until the watchdog runs: MLX waits without end, and holding the GIL, for a rank that never
+    # starts, so only a timer outside of Python can end this.
+    if timeout := timeout_seconds(os.environ):
+        faulthandler.dump_traceback_later(timeout, exit=True)
     with environment(**_mpi_library(backend)):
         if not mx.distributed.is_available(name):
             raise ValueError(f"This build of MLX has no {backend} backend.")
@@ -89,6 +84,8 @@ def _world(backend: str) -> Group:
     world = Group(native, backend)
     if not CAPABILITIES[backend].split:
         world.splitter = SubGroups(world)
+    world.watchdog = start_watchdog(world)
+    faulthandler.cancel_dump_traceback_later()
     return world
 
 

@@ -51,6 +51,7 @@ class Group:
         self.capabilities = capabilities or CAPABILITIES.get(backend, SOLO)
         self.members = members or tuple(range(self._size))
         self.progress = progress or Progress()
+        self.watchdog: Any = None
         self._engine = engine
         self._stream = stream
         self.splitter = splitter

@@ -11,15 +11,17 @@ from typing import Any
 
 
 class Progress:
-    """The last operation, how many there were, and the long phase this rank is in, if any."""
+    """The last operation, how many there were, the long phase, and whether a peer is known lost."""
 
     def __init__(self) -> None:
         self.last: tuple[int, str, float] = (0, "start", time.monotonic())
         self.phase = ""
+        self.lost_peer = False
 
     def record(self, operation: str, shape: tuple[int, ...], dtype: Any) -> None:
         """Notes that `operation` was issued."""
-        what = operation if dtype is None else f"{operation} {tuple(shape)} {dtype}"
+        name = str(dtype).removeprefix("mlx.core.")
+        what = operation if dtype is None else f"{operation} {tuple(shape)} {name}"
         self.last = (self.last[0] + 1, what, time.monotonic())
 
     @contextmanager

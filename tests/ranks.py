@@ -46,6 +46,7 @@ def run_ranks(
     timeout: float = 60,
     env: dict[str, str] | None = None,
     check: bool = True,
+    left_behind: Sequence[int] = (),
 ) -> list[RankResult]:
     """Runs `script` on `num_ranks` processes.
 
@@ -57,6 +58,7 @@ def run_ranks(
         timeout: Seconds after which all are killed and the test fails.
         env: Further environment variables.
         check: Fail the test, with every rank's output, if a rank fails. False: only return.
+        left_behind: Ranks that are killed once all others have ended.
     """
     assert backend in ("ring", "mpi"), f"no way to start {backend!r} ranks"
     with tempfile.TemporaryDirectory() as folder:
@@ -67,7 +69,9 @@ def run_ranks(
         command = [sys.executable, str(script), *map(str, args)]
         start = _start_ring if backend == "ring" else _start_mpi
         processes = start(command, num_ranks, folder, {**_environment(), **(env or {})})
-        timed_out = _wait(processes, timeout, stop_early=check)
+        awaited = [p for rank, p in enumerate(processes) if rank not in left_behind]
+        timed_out = _wait(awaited, timeout, stop_early=check)
+        _kill(processes)
         codes = [process.returncode for process in processes]
         codes = codes if backend == "ring" else codes * num_ranks
         results = [
@@ -151,13 +155,17 @@ def _wait(processes: list[subprocess.Popen], timeout: float, stop_early: bool) -
             failed_at = now
         gave_up = stop_early and failed_at is not None and now > failed_at + GRACE_SECONDS
         if gave_up or now > deadline:
-            for process in processes:
-                process.kill()
-            for process in processes:
-                process.wait()
+            _kill(processes)
             return failed_at is None
         time.sleep(0.02)
     return False
+
+
+def _kill(processes: list[subprocess.Popen]) -> None:
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.wait()
 
 
 def _read(folder: str, rank: int, name: str) -> str:

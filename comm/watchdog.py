@@ -1,0 +1,363 @@
+"""Ends the job on every rank when one of them died, was stopped, or is missing.
+
+Beside MLX's traffic each rank reports once a second to rank 0, which answers with the table of
+all ranks. A rank waits when it has issued a collective and its main thread has not moved since;
+time that any rank spends in a declared long phase does not count. The end is `os._exit(1)`, as a
+rank inside a collective cannot be reached in any other way.
+"""
+
+import atexit
+import logging
+import os
+import secrets
+import selectors
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from types import TracebackType
+from typing import Any
+
+from comm.addresses import own_addresses
+from comm.group import Group
+from comm.heartbeat import Channel, Malformed
+from comm.objects import all_gather_object, broadcast_object
+from comm.progress import Progress
+
+_log = logging.getLogger(__name__)
+
+DEFAULT_TIMEOUT_SECONDS = 300.0
+GRACE_SECONDS = 2.0  # for ranks that fail together to report their own errors
+UNKNOWN_SECONDS = 10.0  # for a connection to say which rank it is
+
+
+@dataclass
+class RankStatus:
+    """What is known of one rank.
+
+    Attributes:
+        host: The host's name.
+        number: How many operations it has issued.
+        operation: The last of them.
+        idle_seconds: How long its main thread has been at the same place.
+        phase: The declared long phase it is in, or "".
+        left: It has said goodbye.
+        lost_peer: MLX told it that a neighbour is gone.
+    """
+
+    host: str
+    number: int = 0
+    operation: str = "start"
+    idle_seconds: float = 0.0
+    phase: str = ""
+    left: bool = False
+    lost_peer: bool = False
+
+
+def start_watchdog(world: Group, environ: Mapping[str, str] = os.environ) -> "Watchdog | None":
+    """Starts the watchdog of `world`; every rank must call it.
+
+    `COMM_TIMEOUT` holds the seconds (0: no watchdog), `COMM_SECRET` the job's secret; without one
+    rank 0 makes it up and sends it over the group.
+    """
+    timeout = timeout_seconds(environ)
+    if world.size == 1 or timeout == 0:
+        return None
+    own = own_addresses(environ)
+    listener = None
+    if world.rank == 0:
+        listener = socket.create_server((own["control"] or own["ring"][0], 0))
+    endpoint = list(listener.getsockname()[:2]) if listener else None
+    rows = all_gather_object([own["host"], endpoint], world)
+    secret = environ.get("COMM_SECRET") or broadcast_object(secrets.token_hex(16), world)
+    hosts = [host for host, _ in rows]
+    watchdog = Watchdog(world.rank, hosts, secret, timeout, world.progress)
+    watchdog.start(listener, tuple(rows[0][1]))
+    atexit.register(watchdog.close)
+    sys.excepthook = leave_after(sys.excepthook, world.progress)
+    return watchdog
+
+
+def timeout_seconds(environ: Mapping[str, str]) -> float:
+    """`COMM_TIMEOUT` in seconds, 300 where it is not set."""
+    text = environ.get("COMM_TIMEOUT", "")
+    try:
+        seconds = float(text or DEFAULT_TIMEOUT_SECONDS)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise ValueError(f"COMM_TIMEOUT is {text!r}; it must be a number of seconds, 0 for none.")
+    return seconds
+
+
+def leave_after(hook: Callable[..., Any], progress: Progress) -> Callable[..., None]:
+    """An exception hook that runs `hook` and then ends the process without MPI's clean-up."""
+
+    def report(
+        kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
+        hook(kind, error, trace)
+        if is_lost_peer(error):
+            progress.lost_peer = True
+        leave(130 if issubclass(kind, KeyboardInterrupt) else 1, error)
+
+    return report
+
+
+def leave(code: int, error: BaseException | None = None) -> None:
+    """Ends this process at once with exit code `code`, without MLX's or MPI's clean-up.
+
+    The only safe exit after an error on one of several ranks: MPI's clean-up waits for ranks that
+    are themselves waiting for this one. Never returns. When the error (by default the one being
+    handled) is only that a peer is gone, it first gives the watchdog the time to name that peer.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if is_lost_peer(error or sys.exc_info()[1]):
+        time.sleep(3 * GRACE_SECONDS)
+    os._exit(code)
+
+
+def is_lost_peer(error: BaseException | None) -> bool:
+    """Whether this is MLX's error on a ring that a neighbour has left."""
+    return isinstance(error, RuntimeError) and "connection to a peer was lost" in str(error)
+
+
+@dataclass
+class _Peer:
+    """Rank 0's view of a connection."""
+
+    channel: Channel
+    name: str
+    rank: int | None = None
+    heard: float = field(default_factory=time.monotonic)
+
+
+class Watchdog:
+    """The heartbeat of one rank, in a thread of its own that never touches MLX.
+
+    Args:
+        rank: This rank's number.
+        hosts: The host name of each rank.
+        secret: The job's secret.
+        timeout_seconds: How long a rank may be silent, or wait.
+        progress: What this rank is doing.
+    """
+
+    def __init__(
+        self, rank: int, hosts: list[str], secret: str, timeout_seconds: float, progress: Progress
+    ):
+        self.rank, self.timeout_seconds, self.progress = rank, timeout_seconds, progress
+        self.table = [RankStatus(host) for host in hosts]
+        self._interval = min(1.0, timeout_seconds / 4)
+        self._secret = secret
+        self._waited = [0.0] * len(hosts)
+        self._main = threading.main_thread().ident
+        self._place: tuple[Any, ...] = ()
+        self._moved = self._ticked = self._hub_heard = time.monotonic()
+        self._peers: list[_Peer] = []
+        self._listener: socket.socket | None = None
+        self._hub: Channel | None = None
+        self._hub_died = False
+        self._selector = selectors.DefaultSelector()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="comm-watchdog", daemon=True)
+
+    def start(self, listener: socket.socket | None, endpoint: tuple[str, int]) -> None:
+        """Rank 0 listens; the others connect to `endpoint`."""
+        if listener is not None:
+            listener.setblocking(False)
+            self._listener = listener
+            self._selector.register(listener, selectors.EVENT_READ)
+        else:
+            sock = socket.create_connection(endpoint, timeout=self.timeout_seconds)
+            self._hub = Channel(sock, self._secret, listener=False)
+            self._selector.register(sock, selectors.EVENT_READ)
+            # Rank 0 must know this connection before anything can happen to this rank.
+            self._selector.select(timeout=self.timeout_seconds)
+            self._hub.receive()
+            self._report(self._hub)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Says goodbye: this rank ends as it should."""
+        self._closing.set()
+        self._thread.join(timeout=5)
+
+    def _run(self) -> None:
+        while not self._closing.is_set():
+            # Short enough for close() to return quickly; reports go out once per interval.
+            self._read(self._selector.select(timeout=min(self._interval, 0.1)))
+            if time.monotonic() - self._ticked >= self._interval:
+                self._tick()
+        self._say_goodbye()
+
+    def _say_goodbye(self) -> None:
+        self.table[self.rank] = self._own_status(time.monotonic())
+        self.table[self.rank].left = True
+        table = [asdict(status) for status in self.table]
+        for peer in self._peers:
+            peer.channel.send({"table": table})
+        if self._hub:
+            self._report(self._hub, left=True)
+
+    def _report(self, hub: Channel, left: bool = False) -> None:
+        status = self._own_status(time.monotonic())
+        status.left = left
+        hub.send({"rank": self.rank, "status": asdict(status)})
+
+    def _read(self, events: list[Any]) -> None:
+        for key, _ in events:
+            if key.fileobj is self._listener:
+                self._accept()
+        if self._hub and self._hub.open:
+            self._read_hub(self._hub)
+        for peer in list(self._peers):
+            try:
+                for message in peer.channel.receive():
+                    self._note(peer, message)
+            except (Malformed, ValueError, KeyError, TypeError) as error:
+                _log.warning("dropped %s from %s", error, peer.name)
+                self._drop(peer)
+            if not peer.channel.open:
+                self._lost(peer)
+
+    def _accept(self) -> None:
+        assert self._listener is not None, "only rank 0 listens"
+        sock, address = self._listener.accept()
+        peer = _Peer(Channel(sock, self._secret, listener=True), f"{address[0]}:{address[1]}")
+        self._peers.append(peer)
+        self._selector.register(sock, selectors.EVENT_READ)
+
+    def _note(self, peer: _Peer, message: dict[str, Any]) -> None:
+        rank = message["rank"]
+        peer.rank, peer.heard = rank, time.monotonic()
+        self.table[rank] = RankStatus(**message["status"])
+
+    def _read_hub(self, hub: Channel) -> None:
+        try:
+            messages = hub.receive()
+        except Malformed as error:
+            _log.warning("dropped %s from rank 0", error)
+            hub.close()
+            messages = []
+        for message in messages:
+            self._hub_heard = time.monotonic()
+            if "verdict" in message:
+                self._end(message["verdict"])
+            if "table" in message:
+                self.table = [RankStatus(**row) for row in message["table"]]
+        if not hub.open:
+            self._selector.unregister(hub.sock)
+
+    def _drop(self, peer: _Peer) -> None:
+        self._selector.unregister(peer.channel.sock)
+        peer.channel.close()
+        self._peers.remove(peer)
+
+    def _lost(self, peer: _Peer) -> None:
+        if peer not in self._peers:
+            return
+        self._drop(peer)
+        if peer.rank is not None and not self.table[peer.rank].left:
+            self._conclude_later(peer.rank)
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        elapsed, self._ticked = now - self._ticked, now
+        self.table[self.rank] = self._own_status(now)
+        if self.rank == 0:
+            self._judge(now, elapsed)
+            table = [asdict(status) for status in self.table]
+            for peer in self._peers:
+                peer.channel.send({"table": table})
+        elif self._hub and self._hub.open and not self.table[0].left:
+            self._report(self._hub)
+            if now - self._hub_heard > self.timeout_seconds:
+                self._conclude(self._silence(0, now - self._hub_heard))
+        elif self.table[0].left:
+            self._wait_alone(elapsed)
+        elif not self._hub_died:
+            self._hub_died = True
+            self._conclude_later(0)
+
+    def _own_status(self, now: float) -> RankStatus:
+        number, operation, _ = self.progress.last
+        frame = sys._current_frames().get(self._main or 0)
+        place = (id(frame), frame.f_lasti if frame else 0, number)
+        if place != self._place:
+            self._place, self._moved = place, now
+        host = self.table[self.rank].host
+        idle, phase = now - self._moved, self.progress.phase
+        return RankStatus(
+            host, number, operation, idle, phase, lost_peer=self.progress.lost_peer
+        )
+
+    def _judge(self, now: float, elapsed: float) -> None:
+        """Rank 0 decides: who is silent, who waits too long, who left too early."""
+        for peer in list(self._peers):
+            silent = now - peer.heard
+            if peer.rank is None and silent > UNKNOWN_SECONDS:
+                _log.warning("dropped a connection from %s that never said who it is", peer.name)
+                self._drop(peer)
+            elif peer.rank is not None and silent > self.timeout_seconds:
+                self._conclude(self._silence(peer.rank, silent))
+        paused = any(status.phase and not status.left for status in self.table)
+        for rank, status in enumerate(self.table):
+            if status.left or not status.number or status.idle_seconds < self._interval:
+                self._waited[rank] = 0.0
+            elif not paused:
+                self._waited[rank] += elapsed
+        longest = max(self._waited)
+        if longest > self.timeout_seconds:
+            fewest = min(status.number for status in self.table)
+            late = [rank for rank, status in enumerate(self.table) if status.number == fewest]
+            self._conclude(f"a collective has waited {longest:.0f} s for {self._names(late)}")
+        self._blame_the_left()
+
+    def _wait_alone(self, elapsed: float) -> None:
+        """Rank 0 has left as it should; this rank watches only itself."""
+        status = self.table[self.rank]
+        busy = status.idle_seconds < self._interval or status.phase or not status.number
+        self._waited[self.rank] = 0.0 if busy else self._waited[self.rank] + elapsed
+        waited = self._waited[self.rank]
+        if waited > self.timeout_seconds:
+            self._conclude(f"a collective has waited {waited:.0f} s, and {self._name(0)} has left")
+        self._blame_the_left()
+
+    def _blame_the_left(self) -> None:
+        left = [rank for rank, status in enumerate(self.table) if status.left]
+        if left and any(status.lost_peer for status in self.table):
+            self._conclude(f"{self._names(left)} ended early, while others still needed it")
+
+    def _silence(self, rank: int, seconds: float) -> str:
+        return f"{self._name(rank)} has not answered for {seconds:.0f} s"
+
+    def _name(self, rank: int) -> str:
+        return f"rank {rank} ({self.table[rank].host})"
+
+    def _names(self, ranks: list[int]) -> str:
+        return " and ".join(self._name(rank) for rank in ranks)
+
+    def _conclude_later(self, rank: int) -> None:
+        reason = f"{self._name(rank)} died"
+        threading.Timer(GRACE_SECONDS, self._conclude, [reason]).start()
+
+    def _conclude(self, reason: str) -> None:
+        lines = [f"comm: the job ends: {reason}. The last operation of each rank:"]
+        for rank, status in enumerate(self.table):
+            extra = f", in the phase {status.phase!r}" if status.phase else ""
+            extra += ", has left" if status.left else ""
+            where = f"#{status.number} {status.operation} for {status.idle_seconds:.0f} s"
+            lines.append(f"  {self._name(rank)}: {where}{extra}")
+        text = "\n".join(lines)
+        for peer in self._peers:
+            peer.channel.send({"verdict": text})
+        self._end(text)
+
+    def _end(self, text: str) -> None:
+        # One write, as several ranks may share the terminal.
+        os.write(2, f"{text}\n".encode())
+        os._exit(1)

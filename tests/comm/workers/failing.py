@@ -1,0 +1,51 @@
+"""Two good collectives on all ranks, then rank 1 does what the first argument says.
+
+The others go on with collectives. Prints "joined" once all ranks are up, "finished" at the end.
+"""
+
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import mlx.core as mx
+
+import comm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from fake import fake_group  # noqa: E402
+
+kind, victim = sys.argv[1], int(sys.argv[2])
+world = comm.init()
+group = fake_group(world, "jaccl", hangs=True) if "fake" in sys.argv else world
+mx.eval(group.all_sum(mx.ones((4,))), group.all_max(mx.ones((4,))))
+group.barrier()
+print("joined", flush=True)
+if group.rank == victim:
+    if kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif kind == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif kind == "exit":
+        sys.exit(0)
+    elif kind == "raise":
+        raise RuntimeError("the victim's own error")
+    elif kind == "late":
+        time.sleep(1000)
+    elif kind == "phase":
+        with group.progress.long_phase("tokenising"):
+            time.sleep(9)
+if kind == "garbage":
+    if group.rank == 1:
+        endpoint = world.watchdog._hub.sock.getpeername()
+        for junk in (b"GET / HTTP/1.1\r\n\r\n", os.urandom(4096), b"\0\0\0\2" + b"x" * 34, b""):
+            with socket.create_connection(endpoint) as sock:
+                sock.sendall(junk)
+                time.sleep(0.3)
+    time.sleep(3)
+for _ in range(3):
+    mx.eval(group.all_sum(mx.ones((100_000,))))
+group.barrier()
+print("finished", flush=True)
