@@ -147,7 +147,11 @@ def _dashboard(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--entity", metavar="E", required=True, help="W&B user or team")
     parser.add_argument("--project", metavar="P", required=True, help="W&B project of the runs")
     parser.add_argument(
-        "--dry-run", metavar="FILE", help="write the workspace's definition to a file instead of to W&B"
+        "--dry-run",
+        metavar="FILE",
+        nargs="?",
+        const="workspace.json",
+        help="write the workspace's definition to a file (default: workspace.json), not to W&B",
     )
 
 
