@@ -40,7 +40,9 @@ def test_equals_mlx_lm(name):
     """Catches a replaced function with another meaning: loss and every gradient, sliding windows included, in full training."""
     tokens = mx.random.randint(0, 64, (2, 40), key=mx.random.key(0))
     want = loss_and_grads(make(name), tokens)
-    assert_same(loss_and_grads(prepare_for_training(make(name)), tokens), want, 1e-5)
+    # The gradient of Kimi's A_log is a sum that all but cancels, in mlx-lm as here.
+    tolerance = 2e-5 if name == "kimi_linear" else 1e-5
+    assert_same(loss_and_grads(prepare_for_training(make(name)), tokens), want, tolerance)
 
 
 def test_names_and_classes_stay():

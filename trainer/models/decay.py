@@ -83,8 +83,8 @@ class ScalarDecay:
     def gradients(self, grads: Chunks) -> tuple[mx.array, mx.array, mx.array]:
         """Gradients for (q, k, log_gate) from the gradients of everything :meth:`chunks` returned.
 
-        With G the logarithm of the decay since the chunk's start, every value above depends on differences of G, so dG is a sum of
-        value times gradient: positive where a token is the later one, negative where it is the earlier one.
+        Each value is a product of gates, so its gradient for one gate's logarithm is value times gradient. Terms are only ever
+        added, never cancelled: a strong gate's tiny gradient is as exact as the others.
         """
         now = self.values
         row_sum = lambda x: x.sum(axis=-1, keepdims=True)  # noqa: E731
@@ -95,13 +95,12 @@ class ScalarDecay:
         dk = over_values(grads.k_in * self.since_start + grads.k_out * self.to_end)
         dk = dk + query_key.swapaxes(-1, -2) @ self.q + (key_key + key_key.swapaxes(-1, -2)) @ self.k
 
-        pairs = (grads.query_key * now.query_key + grads.key_key * now.key_key) * self.strict
-        # The last token reaches the chunk's end without decay; left in, its term would only cancel up to rounding.
-        outgoing = row_sum(grads.k_out * now.k_out) * self.strict[-1][:, None]
-        d_log = row_sum(grads.q_in * now.q_in) + row_sum(grads.k_in * now.k_in) - outgoing
-        d_log = d_log + row_sum(pairs) - pairs.sum(axis=-2)[..., None]
-        at_end = outgoing.sum(axis=-2, keepdims=True) + grads.last * now.last
-        d_log = suffix_sum(d_log, axis=-2) + at_end
+        # A gate between tokens j and i is the reason for every pair with j before it and i not before it.
+        pairs = suffix_sum(grads.query_key * now.query_key + grads.key_key * now.key_key, axis=-2) * self.strict
+        outgoing = row_sum(grads.k_out * now.k_out)
+        incoming = row_sum(grads.q_in * now.q_in + grads.k_in * now.k_in)
+        d_log = row_sum(pairs) + suffix_sum(incoming, axis=-2) + mx.cumsum(outgoing, axis=-2, inclusive=False)
+        d_log = d_log + grads.last * now.last
         return dq, dk, d_log if self.keep is None else d_log * self.keep
 
 
