@@ -98,7 +98,7 @@ def test_tool_calls_are_targets_and_results_are_not():
         "{{ messages | length }}{% for m in messages %}{{ m.content[:2] }}{% endfor %}",
         "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|bot|>' }}{% endif %}",
-        "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}{{ messages[0].content | length }}",
+        "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}{{ 'x' * messages[0].content | length }}",
     ],
     ids=["leaves content out", "says it twice", "cuts it", "another prompt than it renders", "what follows depends"],
 )
@@ -111,6 +111,13 @@ def test_turns_that_cannot_be_shown_are_refused(template, tmp_path):
     with pytest.raises(ValueError, match="rows.jsonl:1: the chat template does not show where message"):
         load_splits(config(train=str(path)), tokenizer, 0)
     assert load_splits(config(train=str(path), loss_on="all"), tokenizer, 0).train.mask(0)[1:].all()
+
+
+def test_an_answer_that_changes_what_follows_is_refused():
+    """Catches an end taken from a render whose remainder is not the real one's."""
+    counting = INST + "{{ 'x' * (messages[1:] | map(attribute='content') | join | length) }}"
+    with pytest.raises(ChatTemplateError, match="where message 1 lies"):
+        turns(counting, PLAIN[:2])
 
 
 def test_refusals_of_the_template_name_the_row(tmp_path):

@@ -146,7 +146,7 @@ def _after_probe(
     position %= len(messages)
     probed = [*messages[:position], _probed(messages[position], PROBES[0]), *messages[position + 1 :]]
     _, found, after = render_chat(tokenizer, probed, tools, generate).partition(PROBES[0])
-    if not found or PROBES[0] in after:
+    if not found:
         raise _cannot_find(position)
     return after
 
