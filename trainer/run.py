@@ -22,11 +22,13 @@ from trainer.config import Recipe
 from trainer.evaluation import Evaluator
 from trainer.loading import source_folder
 from trainer.loop import Due, Hooks, Loop, Progress
+from trainer.machine import MACHINE_FILE, machine_facts
 from trainer.metrics import JsonlSink, Metrics
 from trainer.optim import learning_rate
 from trainer.output import adapter_config, write_adapters, write_model
 from trainer.recipe import load_recipe, to_yaml
 from trainer.rules import resolve_mesh
+from trainer.storage import write_json
 from trainer.terminal import TerminalSink
 from trainer.throughput import Throughput
 from trainer.wandb_sink import WandbSink, wandb_mode
@@ -53,6 +55,10 @@ class Stop:
         for number in SIGNALS:
             signal.signal(number, self._receive)
         return self
+
+    def requested(self) -> int:
+        """The signal received so far, or 0."""
+        return self.number
 
     def _receive(self, number: int, frame: Any) -> None:
         if self.number:
@@ -82,16 +88,21 @@ def train(recipe: Recipe, world: comm.Group, stop: Stop, notices: list[str]) -> 
     if progress.step >= parts.total_steps:
         _say_finished(recipe, world, progress)
         return 0
-    metrics = together(world, lambda: _open_metrics(recipe, output_dir, parts.total_steps, progress.step))
+    metrics = together(world, lambda: _open_metrics(parts, output_dir, progress.step))
     introduce(parts, progress, notices, metrics)
     loop = make_loop(parts, folder, metrics, stop)
-    if progress.step == 0:
-        loop.hooks.evaluate(0)
-    number = loop.run(progress)
+    try:
+        if progress.step == 0:
+            loop.hooks.evaluate(0)
+        number = loop.run(progress)
+        if not number:
+            write_result(parts, output_dir)
+    except BaseException:
+        metrics.abandon()
+        raise
     if number:
         metrics.message(f"Stopped by signal {number} after step {progress.step}; the same command goes on from there.")
     else:
-        write_result(parts, output_dir)
         metrics.message(f"Done: {_result_path(parts)}")
     metrics.close()
     return 128 + number if number else 0
@@ -105,7 +116,7 @@ def make_loop(parts: Parts, folder: CheckpointFolder, metrics: Metrics, stop: St
         advance=metrics.advance,
         evaluate=_evaluation(parts, metrics),
         save=lambda progress: resume.save(parts, folder, progress),
-        stop_signal=lambda: stop.number,
+        stop_signal=stop.requested,
     )
     return Loop(
         model=parts.model,
@@ -158,14 +169,16 @@ def _evaluation(parts: Parts, metrics: Metrics) -> Callable[[int], dict[str, flo
     return evaluate
 
 
-def _open_metrics(recipe: Recipe, output_dir: Path | None, total_steps: int, step: int) -> Metrics:
-    """Rank 0's sinks; none on other ranks. Also keeps the resolved recipe beside them."""
+def _open_metrics(parts: Parts, output_dir: Path | None, step: int) -> Metrics:
+    """Rank 0's sinks; none on other ranks. Also keeps the resolved recipe and the machine's facts beside them."""
     if output_dir is None:
         return Metrics([])
+    recipe, world = parts.recipe, parts.world
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / "recipe.yaml").write_text(to_yaml(recipe))
+    write_json(output_dir / MACHINE_FILE, machine_facts(world.size, world.backend, asdict(parts.mesh)))
     rows = JsonlSink(output_dir / "metrics.jsonl", step or None)
-    terminal = TerminalSink(total_steps, step)
+    terminal = TerminalSink(parts.total_steps, step)
     sinks = [rows, terminal]
     wandb = recipe.logging.wandb
     if wandb.project is not None and wandb_mode(wandb.mode) != "disabled":

@@ -1,19 +1,14 @@
 """A run that was killed and started again is, bit for bit, the run that was never killed."""
 
-import json
 import shutil
-from dataclasses import asdict
-from pathlib import Path
 
 import pytest
-from ranks import run_ranks
-from tiny import tiny_recipe, write_rows
+from tiny import run_apart, tiny_recipe, write_rows
 
 import comm
 from trainer.metrics import read_rows
 from trainer.run import Stop, train
 
-WORKER = Path(__file__).parent / "workers" / "run_recipe.py"
 STEPS, SAVED_EVERY, KILLED_AT = 8, 3, 5
 CASES = {
     "lora": {"method": "lora", "lora": {"dropout": 0.2}},
@@ -30,12 +25,6 @@ def recipe(rows, output_dir, name, **changes):
 def run_here(settings):
     """Train in this process; returns the exit code."""
     return train(settings, comm.solo(), Stop(), [])
-
-
-def run_apart(settings, num_ranks, kill_step=0):
-    """Train in real processes, all killed at a step when asked."""
-    arguments = [json.dumps(asdict(settings)), kill_step]
-    return run_ranks(WORKER, num_ranks, args=arguments, timeout=120, check=not kill_step)
 
 
 def curve(folder):

@@ -2,9 +2,13 @@
 
 import json
 import random
+import signal
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ranks import RankResult, run_ranks
 from trainer.config import Recipe
 from trainer.recipe import recipe_from
 
@@ -83,3 +87,37 @@ def tiny_recipe(rows: Path, output_dir: Path, architecture: str = "qwen3", **cha
     for key, value in changes.items():
         values[key] = values[key] | value if isinstance(values.get(key), dict) else value
     return recipe_from(values)
+
+
+def run_apart(
+    settings: Recipe,
+    num_ranks: int,
+    step: int = 0,
+    *,
+    sent: int = signal.SIGKILL,
+    ranks: Sequence[int] | None = None,
+    folder: Path | None = None,
+    backend: str = "ring",
+) -> list[RankResult]:
+    """Train in real processes.
+
+    Args:
+        settings: the recipe.
+        num_ranks: processes.
+        step: at which ranks send themselves a signal; 0 = never.
+        sent: that signal.
+        ranks: which of them; None = all.
+        folder: where each rank gets a working folder of its own; None = all run here.
+        backend: of the group.
+    """
+    arguments = {
+        "recipe": asdict(settings),
+        "step": step,
+        "signal": int(sent),
+        "ranks": ranks,
+        "folder": str(folder) if folder else None,
+    }
+    worker = Path(__file__).parent / "workers" / "run_recipe.py"
+    return run_ranks(
+        worker, num_ranks, backend=backend, args=[json.dumps(arguments)], timeout=120, check=step == 0
+    )

@@ -1,0 +1,124 @@
+"""Runs that meet trouble: signals, numbers that are not finite, ranks that disagree, separate disks."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from tiny import MODELS, run_apart, tiny_recipe, write_rows
+
+import comm
+from trainer.metrics import read_rows
+from trainer.recipe import to_yaml
+from trainer.run import Stop, train
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """Rows for all runs."""
+    return write_rows(tmp_path_factory.mktemp("rows"))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signal_finishes_the_step_saves_and_leaves(rows, tmp_path, number, code):
+    """Catches a lost run on Ctrl-C or SIGTERM, and a wrong exit code, through the real command."""
+    recipe = tiny_recipe(rows, tmp_path / "run", max_steps=100000, data={"group_by_length": False})
+    path = tmp_path / "recipe.yaml"
+    path.write_text(to_yaml(recipe))
+    command = [sys.executable, "-m", "trainer", str(path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 60
+    while len(read_rows(tmp_path / "run" / "metrics.jsonl")) < 3 and time.monotonic() < until:
+        time.sleep(0.05)
+    process.send_signal(number)
+    shown, errors = process.communicate(timeout=60)
+    assert process.returncode == code, shown + errors
+    steps = read_rows(tmp_path / "run" / "metrics.jsonl")[-1]["train/global_step"]
+    assert (tmp_path / "run" / "checkpoints" / f"step-{steps:07d}" / "manifest.json").is_file()
+    assert "the same command goes on from there" in shown
+
+
+def test_signal_to_one_rank_stops_all_at_the_same_step(rows, tmp_path):
+    """Catches a rank that leaves while the others wait for it."""
+    recipe = tiny_recipe(rows, tmp_path / "run", max_steps=50)
+    results = run_apart(recipe, 2, step=3, sent=signal.SIGTERM, ranks=[1])
+    assert [result.result for result in results] == [143, 143]
+    assert (tmp_path / "run" / "checkpoints" / "step-0000003").is_dir()
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted(rows, tmp_path):
+    """Catches a model that one bad step has filled with NaN."""
+    recipe = tiny_recipe(
+        rows, tmp_path, method="full", optimizer={"name": "sgd", "lr": 1e30}, schedule={"name": "constant"}, max_steps=4
+    )
+    assert train(recipe, comm.solo(), Stop(), []) == 0
+    last = read_rows(tmp_path / "metrics.jsonl")[-1]
+    assert last["train/skipped_steps"] == 3
+    assert last["train/global_step"] == 4
+
+
+def test_ranks_need_no_common_disk(rows, tmp_path):
+    """Catches files that a rank other than 0 writes or expects, in a run that is killed and continued."""
+    recipe = tiny_recipe(rows, "run", max_steps=4, checkpoint={"every": 2}, data={"val_fraction": 0.2})
+    run_apart(recipe, 2, step=3, folder=tmp_path)
+    run_apart(recipe, 2, folder=tmp_path)
+    assert (tmp_path / "0" / "run" / "adapters.safetensors").is_file()
+    assert os.listdir(tmp_path / "1") == []
+    steps = [row["train/global_step"] for row in read_rows(tmp_path / "0" / "run" / "metrics.jsonl") if "train/loss" in row]
+    assert steps == [1, 2, 3, 4]
+
+
+def test_ranks_with_other_data_are_refused(tmp_path):
+    """Catches hosts that train on different files without anybody noticing."""
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+        write_rows(tmp_path / str(rank), 16 + rank)
+    recipe = tiny_recipe("rows.jsonl", "run")
+    results = run_apart(recipe, 2, step=99, folder=tmp_path)
+    for result in results:
+        assert result.returncode != 0
+        assert "the training data differs (rank 0 on" in result.stderr
+
+
+def test_error_of_one_rank_is_every_rank_s(rows, tmp_path):
+    """Catches ranks that wait for ever for one that has failed alone."""
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+    shutil.copytree(MODELS / "qwen3", tmp_path / "0" / "model")
+    recipe = tiny_recipe(rows, "run", model={"path": "./model"})
+    results = run_apart(recipe, 2, step=99, folder=tmp_path)
+    for result in results:
+        assert result.returncode != 0
+        assert "rank 1 on" in result.stderr and "model" in result.stderr
+
+
+def test_launched_as_one_rank(rows, tmp_path):
+    """Catches mlx.launch -n 1, whose empty host file MLX's own init does not read."""
+    recipe = tiny_recipe(rows, tmp_path / "run", max_steps=1)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(to_yaml(recipe))
+    launcher = os.path.join(os.path.dirname(sys.executable), "mlx.launch")
+    command = [launcher, "-n", "1", "--", sys.executable, "-m", "trainer", str(path)]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    assert (tmp_path / "run" / "adapters.safetensors").is_file(), shown.stdout + shown.stderr
+
+
+def test_nothing_trainable_is_refused(rows, tmp_path):
+    """Catches a run that trains nothing, and a target name that is misspelt."""
+    with pytest.raises(ValueError, match=r"match no module.*Did you mean 'q_proj'"):
+        train(tiny_recipe(rows, tmp_path, lora={"targets": ["q_prj"]}), comm.solo(), Stop(), [])
+
+
+def test_adapter_of_mlx_lm_is_taken_up(rows, tmp_path):
+    """Catches lora.init_from that ignores the stored values, rank or scale."""
+    train(tiny_recipe(rows, tmp_path / "first", lora={"rank": 4, "alpha": 12}), comm.solo(), Stop(), [])
+    second = tiny_recipe(rows, tmp_path / "second", lora={"init_from": str(tmp_path / "first")}, max_steps=1)
+    train(second, comm.solo(), Stop(), [])
+    config = json.loads((tmp_path / "second" / "adapter_config.json").read_text())
+    assert config["lora_parameters"]["rank"] == 4 and config["lora_parameters"]["scale"] == 3.0
+    first_loss = read_rows(tmp_path / "first" / "metrics.jsonl")[0]["train/loss"]
+    assert read_rows(tmp_path / "second" / "metrics.jsonl")[0]["train/loss"] < first_loss
