@@ -7,7 +7,6 @@ keeps its class (`isinstance`) and parameter names. Source: Shoeybi et al., arXi
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
@@ -16,6 +15,15 @@ import mlx.nn as nn
 import comm
 from parallel.layout import Segment, Split, record_split, split_records
 from parallel.replicated import Slot, copied_to_group
+from parallel.slicing import (
+    SlicedDropout,
+    as_segments,
+    copy_tree,
+    dense_weight,
+    extended_class,
+    slice_array,
+    without_bias,
+)
 
 SHARDINGS = ("all-to-sharded", "sharded-to-all")
 
@@ -50,7 +58,7 @@ def shard_linear(
     output_dims, input_dims = linear_dims(linear)
     divided = output_dims if sharding == "all-to-sharded" else input_dims
     spec = Sharding(sharding, group, output_dims, input_dims, as_segments(segments, divided))
-    return shard_in_place(_copy_tree(linear), spec)
+    return shard_in_place(copy_tree(linear), spec)
 
 
 @dataclass(frozen=True)
@@ -153,7 +161,7 @@ class ShardedToAllLinear(SlicedLinear):
             if "m" in self:
                 y = self._dora(x)
             else:
-                y = super(ShardedToAllLinear, _without_bias(self)).__call__(x, *args, **kwargs)
+                y = super(ShardedToAllLinear, without_bias(self)).__call__(x, *args, **kwargs)
             if sharding.leaves:
                 y = comm.sum_over_group(y, sharding.group)
         return y + base["bias"] if "bias" in base else y
@@ -166,29 +174,6 @@ class ShardedToAllLinear(SlicedLinear):
         adapted = mx.stop_gradient(weight + (self.scale * self.lora_b.T) @ self.lora_a.T)
         squares = self.sharding.group.all_sum(adapted.astype(mx.float32).square().sum(axis=1))
         return (self.m / mx.sqrt(squares)).astype(x.dtype) * y
-
-
-class SlicedDropout(nn.Module):
-    """Dropout of an input that is split over the group: this rank's slice of the whole input's mask.
-
-    Args:
-        dropout: a layer whose mask depends on the input's shape only.
-        split: how the input's last dimension is divided.
-    """
-
-    def __init__(self, dropout: nn.Module, split: Split):
-        super().__init__()
-        self.dropout = dropout
-        self.split = split
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """Drop elements of this rank's slice `x` `(..., local)`."""
-        ones = mx.ones((*x.shape[:-1], self.split.full_size), dtype=x.dtype)
-        factors = self.dropout(ones)
-        if factors is ones:
-            return x
-        last = Split(self.split.axis, self.split.group, x.ndim - 1, self.split.segments)
-        return x * mx.stop_gradient(last.slice(factors))
 
 
 def shard_in_place(linear: nn.Module, sharding: Sharding) -> nn.Module:
@@ -207,30 +192,6 @@ def shard_in_place(linear: nn.Module, sharding: Sharding) -> nn.Module:
     linear.sharding = sharding
     extend_class(linear, AllToShardedLinear if columns else ShardedToAllLinear)
     return linear
-
-
-def slice_array(
-    module: nn.Module, name: str, dim: int, segments: tuple[Segment, ...], group: comm.Group, axis: str = "tp"
-) -> None:
-    """Replace the module's own array `name` by this rank's slice along `dim` and record that.
-
-    Args:
-        segments: in units of the layer's features; scaled to the array (packed weights, scales).
-
-    Raises:
-        ValueError: the group's size does not divide a segment.
-    """
-    array, full = module[name], sum(segment.size for segment in segments)
-    scaled = tuple(Segment(s.size * array.shape[dim] // full, s.copies) for s in segments)
-    if sum(s.size for s in scaled) != array.shape[dim] or any(s.size * s.copies % group.size for s in scaled):
-        sizes = [segment.size for segment in segments]
-        raise ValueError(
-            f"{name} {array.shape} cannot be divided along dimension {dim}, in segments of {sizes}, "
-            f"over {group.size} ranks: each segment must be divisible by {group.size}."
-        )
-    split = Split(axis, group, dim, scaled)
-    module[name] = split.slice(array)
-    record_split(module, name, split)
 
 
 def partial_slots(module: nn.Module) -> list[Slot]:
@@ -255,32 +216,6 @@ def linear_dims(linear: nn.Module) -> tuple[int, int]:
         raise ValueError(f"{type(linear).__name__} cannot be sharded: it has no weight matrix.")
     *_, output_dims, input_dims = linear.weight.shape
     return output_dims, input_dims * 32 // linear.bits if "scales" in linear else input_dims
-
-
-def as_segments(segments: Any, size: int) -> tuple[Segment, ...]:
-    """`Segment`s of a dimension of `size` from MLX's ways to say them."""
-    if isinstance(segments, int):
-        bounds = [size * i // segments for i in range(1, segments)]
-    elif isinstance(segments[0], Segment):
-        return tuple(segments)
-    else:
-        bounds = [int(s * size) if isinstance(s, float) else s for s in segments]
-    edges = [0, *bounds, size]
-    return tuple(Segment(last - first) for first, last in zip(edges, edges[1:]))
-
-
-def dense_weight(linear: nn.Module) -> mx.array:
-    """The weight matrix, dequantized where it is packed."""
-    if "scales" not in linear:
-        return linear.weight
-    return mx.dequantize(
-        linear.weight,
-        linear.scales,
-        linear.get("biases"),
-        group_size=linear.group_size,
-        bits=linear.bits,
-        mode=linear.mode,
-    )
 
 
 def _shard_adapter(layer: nn.Module, sharding: Sharding) -> None:
@@ -308,47 +243,7 @@ def _shard_adapter(layer: nn.Module, sharding: Sharding) -> None:
         layer.dropout = SlicedDropout(layer.dropout, split_records(layer)["lora_a"][0])
 
 
-def _without_bias(layer: nn.Module) -> nn.Module:
-    """`layer` itself, or a shallow copy without the bias that is added after the sum."""
-    if "bias" in layer.get("linear", {}):
-        copy = _shallow_copy(layer)
-        copy["linear"] = _without_bias(layer.linear)
-        return copy
-    if "bias" not in layer:
-        return layer
-    copy = _shallow_copy(layer)
-    del copy["bias"]
-    return copy
-
-
-def _shallow_copy(module: nn.Module) -> nn.Module:
-    copy = type(module).__new__(type(module))
-    dict.update(copy, module)
-    copy.__dict__.update(module.__dict__)
-    return copy
-
-
-def _copy_tree(module: nn.Module) -> nn.Module:
-    """A copy of a module tree that shares only the arrays."""
-    copy = _shallow_copy(module)
-    copy._no_grad = set(module._no_grad)
-    copy.__dict__.pop("_splits", None)
-    for name, splits in split_records(module).items():
-        for split in splits:
-            record_split(copy, name, split)
-    for name, value in module.items():
-        if isinstance(value, nn.Module):
-            copy[name] = _copy_tree(value)
-    return copy
-
-
-def extend_class(module: nn.Module, mixin: type) -> None:
-    """Make `module` an instance of `mixin` too; a sliced linear changes from one mixin to another."""
-    base = type(module).__bases__[1] if isinstance(module, SlicedLinear) else type(module)
-    module.__class__ = _extended(mixin, base)
-
-
-@lru_cache(maxsize=None)
-def _extended(mixin: type, base: type) -> type:
-    name = mixin.__name__.removesuffix("Linear").removesuffix("Embedding") + base.__name__
-    return type(name, (mixin, base), {"__module__": base.__module__})
+def extend_class(linear: nn.Module, mixin: type) -> None:
+    """Make `linear` an instance of `mixin` too; a sliced linear changes from one mixin to another."""
+    base = type(linear).__bases__[1] if isinstance(linear, SlicedLinear) else type(linear)
+    linear.__class__ = extended_class(mixin, base)

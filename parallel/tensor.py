@@ -12,10 +12,11 @@ from mlx.utils import tree_flatten
 
 import comm
 from parallel.layout import split_records
-from parallel.linear import Sharding, SlicedLinear, linear_dims, partial_slots, shard_in_place, slice_array
+from parallel.linear import Sharding, SlicedLinear, linear_dims, partial_slots, shard_in_place
 from parallel.plans import ModelPlan
 from parallel.replicated import Slot, copied_to_group
 from parallel.resolve import BlockSite, check_plan, child_at, find_blocks, find_named, plan_for
+from parallel.slicing import extended_class, slice_array
 from parallel.vocab import shard_embedding, shard_head
 from parallel.wrapper import Wrapper
 
@@ -142,7 +143,7 @@ def _shard_block(site: BlockSite, group: comm.Group) -> None:
         *owner_path, name = attribute.split(".")
         setattr(child_at(block, owner_path[0]) if owner_path else block, name, sizes[path])
     block.split_region = region
-    block.__class__ = type(f"Sharded{type(block).__name__}", (ShardedBlock, type(block)), {"__module__": __name__})
+    block.__class__ = extended_class(ShardedBlock, type(block))
 
 
 def _local_count(site: BlockSite, units: str, size: int) -> tuple[int, int]:

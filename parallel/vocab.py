@@ -13,7 +13,8 @@ import mlx.nn as nn
 
 import comm
 from parallel.layout import Segment
-from parallel.linear import AllToShardedLinear, Sharding, extend_class, linear_dims, shard_in_place, slice_array
+from parallel.linear import AllToShardedLinear, Sharding, extend_class, linear_dims, shard_in_place
+from parallel.slicing import extended_class, slice_array
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,14 @@ class VocabularyEmbedding(nn.Module):
         """`(..., D)` to the logits of this rank's slice `(..., V / ranks)`."""
         return super().as_linear(comm.copy_to_group(x, self.vocabulary.group))
 
+    def to_lora(self, **options: Any) -> nn.Module:
+        """Refused: an adapter's rows would have to be divided too.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("The embedding is divided by vocabulary already; put its adapter in before TensorParallel.")
+
     def _extra_repr(self) -> str:
         return f"{self.whole_repr}, ranks={self.vocabulary.group.size}"
 
@@ -62,6 +71,19 @@ class VocabularyHead(AllToShardedLinear):
         """`(..., D)` to the logits of this rank's slice `(..., V / ranks)`."""
         return super().__call__(x)
 
+    def to_lora(self, r: int = 8, dropout: float = 0.0, scale: float = 20.0) -> nn.Module:
+        """As for any sharded linear; the result is a head again."""
+        return self._as_head(super().to_lora(r, dropout, scale))
+
+    def to_dora(self, r: int = 8, dropout: float = 0.0, scale: float = 20.0) -> nn.Module:
+        """As for any sharded linear; the result is a head again."""
+        return self._as_head(super().to_dora(r, dropout, scale))
+
+    def _as_head(self, layer: nn.Module) -> nn.Module:
+        layer.vocabulary = self.vocabulary
+        extend_class(layer, VocabularyHead)
+        return layer
+
 
 def shard_embedding(embedding: nn.Module, group: comm.Group) -> None:
     """Divide an `nn.Embedding` or `nn.QuantizedEmbedding` in place, lazily."""
@@ -70,7 +92,7 @@ def shard_embedding(embedding: nn.Module, group: comm.Group) -> None:
     for name in [name for name in ("weight", "scales", "biases") if name in embedding]:
         slice_array(embedding, name, 0, (Segment(num_embeddings),), group)
     embedding.vocabulary = _slice_of(num_embeddings, group)
-    extend_class(embedding, VocabularyEmbedding)
+    embedding.__class__ = extended_class(VocabularyEmbedding, type(embedding))
 
 
 def shard_head(head: nn.Module, group: comm.Group) -> None:

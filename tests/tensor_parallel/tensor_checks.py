@@ -90,6 +90,7 @@ def adapters_after(group: comm.Group) -> dict[str, Any]:
             model.freeze()
             mx.random.seed(5)
             linear_to_lora_layers(model, 2, config)
+            model.lm_head = _lora_of(model.lm_head)
         initial = _largest_difference(models, group)
         for model in models:
             _randomize(model)
@@ -105,6 +106,10 @@ def adapters_after(group: comm.Group) -> dict[str, Any]:
         _randomize(model)
     result["dora"] = {"initial": initial, "gradient": _compare_gradients(*models)}
     return result
+
+
+def _lora_of(linear: nn.Module) -> nn.Module:
+    return linear.to_lora(r=4, scale=2.0) if hasattr(linear, "to_lora") else LoRALinear.from_base(linear, r=4, scale=2.0)
 
 
 def adapters_by_name(group: comm.Group) -> dict[str, Any]:
@@ -236,7 +241,7 @@ def standalone_linears(group: comm.Group) -> dict[str, Any]:
                 self.up, self.down = self.up.to_quantized(32, bits), self.down.to_quantized(32, bits)
             if adapters:
                 self.freeze()
-                self.update_modules({n: _lora(m) for n, m in (("up", self.up), ("down", self.down))})
+                self.update_modules({"up": _lora_of(self.up), "down": _lora_of(self.down)})
                 randomize_adapters(self, 4)
             if divided:
                 self.up = shard_linear(self.up, "all-to-sharded", segments=2, group=group)
@@ -245,9 +250,6 @@ def standalone_linears(group: comm.Group) -> dict[str, Any]:
         def __call__(self, x: mx.array) -> mx.array:
             gate, value = mx.split(self.up(x), 2, axis=-1)
             return self.down(nn.silu(gate) * value)
-
-    def _lora(linear: nn.Module) -> nn.Module:
-        return LoRALinear.from_base(linear, r=4, scale=2.0)
 
     result = {}
     x = mx.random.normal((5, 64), key=mx.random.key(8))

@@ -10,9 +10,9 @@ from tensor_models import ARCHITECTURES, make_model, prepare
 
 from parallel import TensorParallel, shard_linear
 from parallel.layout import ParameterLayout, Segment, Split
-from parallel.linear import as_segments
 from parallel.plans import PLANS, ModelPlan
 from parallel.resolve import check_plan, find_blocks, plan_for
+from parallel.slicing import as_segments
 
 
 class Rank:
