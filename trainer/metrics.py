@@ -69,6 +69,8 @@ class Sink(Protocol):
 
     def close(self, summary: dict[str, object]) -> None: ...
 
+    def abandon(self) -> None: ...
+
 
 class Metrics:
     """Sends each row to every sink, and keeps the last and best values for the summary.
@@ -116,6 +118,10 @@ class Metrics:
         whole = {**self.last, **self.best, **(summary or {})}
         self._each("close", whole)
         return whole
+
+    def abandon(self) -> None:
+        """Instead of ``close`` when the run ends by an error: gives the terminal back; W&B shows the run as failed."""
+        self._each("abandon")
 
     def _remember(self, row: Row) -> None:
         self.last |= row
@@ -165,6 +171,9 @@ class JsonlSink:
         """Progress is not a row; nothing is written."""
 
     def close(self, summary: dict[str, object]) -> None:
+        """Every row is in the file already."""
+
+    def abandon(self) -> None:
         """Every row is in the file already."""
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 from trainer.metrics import STEP_KEY, Row, Sample
@@ -19,9 +20,14 @@ TRAIN_WORDS = {
     "train/grad_norm": "grad {:.3g}",
     "train/learning_rate": "lr {:.3g}",
     "throughput/tokens_per_sec": "{:,.0f} tokens/s",
-    "memory/peak_gib": "peak {:.2f} GiB",
+    "memory/peak_gib": "peak {:.3g} GiB",
     "train/skipped_steps": "skipped {:d}",
 }
+# Below this many columns, what the bar's line leaves out so that the bar has room.
+NARROW = (
+    (80, ("train/grad_norm", "train/learning_rate", "memory/peak_gib")),
+    (115, ("train/grad_norm", "train/learning_rate")),
+)
 EVAL_WORDS = {"eval/loss": "eval loss {:.4f}", "eval/ppl": "ppl {:.4g}", "eval/exact_match": "exact match {:.1%}"}
 
 
@@ -49,6 +55,8 @@ class TerminalSink:
         self._clock = clock
         self._first: tuple[float, int] | None = None
         self._words = ""
+        left_out = next((keys for width, keys in NARROW if self.console.width < width), ())
+        self._bar_words = {key: form for key, form in TRAIN_WORDS.items() if key not in left_out}
         self._progress: Progress | None = None
         self._task = TaskID(0)
         if self.console.is_terminal:
@@ -59,7 +67,7 @@ class TerminalSink:
         step = int(row[STEP_KEY])
         words = _words(row, TRAIN_WORDS)
         if words:
-            self._words = words
+            self._words = _words(row, self._bar_words)
             self.advance(step)
             if self._progress is None:
                 self._print(f"step {step}/{self.total_steps}  {words}  {self._eta(step)}".rstrip())
@@ -87,17 +95,21 @@ class TerminalSink:
             self._progress.update(self._task, completed=step, words=self._words, eta=eta)
 
     def close(self, summary: dict[str, object]) -> None:
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Stop the bar, which has hidden the terminal's cursor."""
         if self._progress is not None:
             self._progress.stop()
 
     def _make_progress(self) -> Progress:
         columns = (
             MofNCompleteColumn(),
-            BarColumn(bar_width=20),
-            TextColumn("{task.fields[words]}"),
-            TextColumn("{task.fields[eta]}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[words]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
+            TextColumn("{task.fields[eta]}", table_column=Column(no_wrap=True)),
         )
-        progress = Progress(*columns, console=self.console, refresh_per_second=2)
+        progress = Progress(*columns, console=self.console, refresh_per_second=2, expand=True)
         self._task = progress.add_task(
             "train", total=self.total_steps, completed=self.start_step, words="starting", eta=""
         )

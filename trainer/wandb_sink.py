@@ -111,6 +111,9 @@ class WandbSink:
         elif self._num_dropped:
             self._notice(f"W&B was too slow for {self._num_dropped} rows; metrics.jsonl has them.")
 
+    def abandon(self) -> None:
+        """Nothing to do: the worker sees the pipe end with this process, and marks the run as failed."""
+
     def _send(self, message: dict[str, object]) -> None:
         self._put(json.dumps(message))
 

@@ -133,7 +133,7 @@ def test_plain_lines_without_a_terminal() -> None:
     sink.advance(40)
     sink.close({})
     lines = console.file.getvalue().splitlines()
-    assert lines[0] == "step 30/100  loss 1.2346  grad 0.5  lr 1e-05  12,346 tokens/s  peak 1.50 GiB  ETA 3:30"
+    assert lines[0] == "step 30/100  loss 1.2346  grad 0.5  lr 1e-05  12,346 tokens/s  peak 1.5 GiB  ETA 3:30"
     assert lines[1] == "step 30/100  eval loss 2.0000  ppl 7.389  exact match 85.5%"
     assert lines[2] == "  prompt     a [b]·"
     assert lines[6].startswith("  prompt     …xx") and lines[6].endswith("the question")
@@ -196,3 +196,11 @@ def test_memory_is_in_gib() -> None:
     found = memory_row()
     assert 0.25 <= found["memory/active_gib"] < 4
     assert found["memory/peak_gib"] >= found["memory/active_gib"]
+
+
+def test_error_gives_the_terminal_back() -> None:
+    """A shell without a cursor after a run that failed."""
+    console = Console(file=io.StringIO(), width=160, force_terminal=True, color_system=None)
+    metrics = Metrics([TerminalSink(100, console=console)])
+    metrics.abandon()
+    assert console.file.getvalue().rstrip().endswith("\x1b[?25h")
