@@ -148,7 +148,7 @@ def _with_segmented_convolutions(module: nn.Module, segments: mx.array | None) -
     found: dict[str, Callable] = {}
     for name, child in module.items():
         if isinstance(child, nn.Conv1d):
-            if child.groups == child.weight.shape[0] and (child.stride, child.padding, child.dilation) == (1, 0, 1):
+            if child.weight.shape[-1] == 1 and (child.stride, child.padding, child.dilation) == (1, 0, 1):
                 found[name] = partial(causal_conv, weight=child.weight, bias=child.get("bias"), segments=segments)
         elif isinstance(child, nn.Module):
             seen = _with_segmented_convolutions(child, segments)

@@ -1,0 +1,53 @@
+"""Gradient checkpointing of decoder layers: keep a layer's input, compute its inside again in the backward pass.
+
+Exact as long as the layer is a function of its input, its parameters and what the caller fixed for the batch (masks, segments, keyed
+dropout): MLX's own ``nn.Dropout`` would draw another mask the second time (arXiv 1604.06174).
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+
+def checkpoint_layers(layers: list[nn.Module], every: bool | int = True) -> None:
+    """Extend the classes of ``layers`` in place, so that the inside of each, or of every k-th, is computed again in the backward pass.
+
+    Args:
+        layers: a model's decoder layers, with adapters and wrappers in place. The first argument of their ``__call__`` is the input.
+        every: True or 1 for all layers, k for the k-th, 2k-th, ...; False for none.
+
+    Raises:
+        ValueError: ``every`` is a negative number, or a layer draws dropout masks that a second pass would not see.
+    """
+    step = int(every)
+    if step < 0:
+        raise ValueError(f"gradient_checkpointing is {every}; it must be true, false or a positive number of layers.")
+    for layer in layers[step - 1 :: step] if step else []:
+        for module in layer.modules():
+            if type(module) in (nn.Dropout, nn.Dropout2d, nn.Dropout3d) and module._p_1 < 1.0:
+                raise ValueError(f"gradient checkpointing needs dropout with keys; this layer has {module}.")
+        layer.__class__ = _checkpointed(type(layer))
+
+
+@lru_cache(maxsize=None)
+def _checkpointed(cls: type) -> type:
+    def call(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:  # noqa: ANN001
+        if not self.training:
+            return cls.__call__(self, x, *args, **kwargs)
+        parameters = tree_flatten(self.trainable_parameters())
+        names = [name for name, _ in parameters]
+
+        def inside(arrays: list[mx.array], x: mx.array) -> mx.array:
+            self.update(tree_unflatten(list(zip(names, arrays))))
+            try:
+                return cls.__call__(self, x, *args, **kwargs)
+            finally:
+                # The arrays seen here belong to one trace; left in place they would keep its whole graph.
+                self.update(tree_unflatten(parameters))
+
+        return mx.checkpoint(inside)([array for _, array in parameters], x)
+
+    return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__, "__doc__": cls.__doc__})
