@@ -63,6 +63,8 @@ def _accumulate(model: nn.Module, loss_fn: LossFn) -> Callable:
             current = [loss, num_tokens, grads]
             if len(micro_batches) > 1:
                 current = _add(total, current) if total else tree_map(_widen, current)
+                # Names for the summands would keep their buffers beside that of the sum.
+                total = grads = None
                 mx.eval(current)
             total = current
         assert total is not None, "step() needs at least one micro-batch"

@@ -9,6 +9,8 @@ Letters: B rows of a micro-batch, L tokens of a row.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,10 +18,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.tuner.lora import LoRASwitchLinear
 
 from parallel import hidden_and_head
 from trainer.config import Recipe
 from trainer.liveness import Buffer, Lifetimes, lifetimes, trace
+from trainer.lora import EXPERTS
 from trainer.optim import Optimizer
 from trainer.placement import Part, Placement, even_split
 from trainer.rules import MeshSizes
@@ -132,22 +136,27 @@ class Footprints:
         over_time = self._step_lifetimes(accumulation > 1)
         alive = over_time.bytes_over_time(activation)
         growing = over_time.bytes_over_time(lambda b: float(b.num_bytes) if b.is_result else 0.0)
-        total = growing.max() or 1.0
-        # Earlier micro-batches' sum stays until the new one is complete.
-        before = gradients if accumulation > 1 else 0
         if mesh.pp > 1:
-            return before + self._pipeline_peak(mesh, accumulation, stage, alive, activation) + gradients
-        return before + float((alive + growing * (gradients / total)).max())
+            return gradients + self._pipeline_peak(mesh, accumulation, stage, alive, activation)
+        total = growing.max() or 1.0
+        return float((alive + growing * (gradients / total)).max())
 
     def _pipeline_peak(
-        self, mesh: MeshSizes, accumulation: int, stage: int, alive: np.ndarray, activation
+        self,
+        mesh: MeshSizes,
+        accumulation: int,
+        stage: int,
+        alive: np.ndarray,
+        activation: Callable[[Buffer], float],
     ) -> float:
         """One stage's kept activations of all micro-batches in flight, and its work on one of them."""
         split = self.split(mesh.pp)
         layers = self._layer_lifetimes
         over_time = layers.bytes_over_time(activation)
         kept = over_time[layers.made_at[-1]]
-        in_flight = min(accumulation, mesh.pp - stage if self.recipe.parallel.schedule == "1f1b" else accumulation)
+        in_flight = min(
+            accumulation, mesh.pp - stage if self.recipe.parallel.schedule == "1f1b" else accumulation
+        )
         is_last = stage == mesh.pp - 1
         work = (alive if is_last else over_time).max() - kept
         return in_flight * kept * split[stage] / sum(split) + max(work, 0.0)
@@ -176,11 +185,13 @@ class Footprints:
 
     @cached_property
     def _plain_lifetimes(self) -> Lifetimes:
-        return _trace_step(self.planned, self._batch, accumulates=False)
+        with _experts_frozen(self.planned.model):
+            return _trace_step(self.planned, self._batch, accumulates=False)
 
     @cached_property
     def _adding_lifetimes(self) -> Lifetimes:
-        return _trace_step(self.planned, self._batch, accumulates=True)
+        with _experts_frozen(self.planned.model):
+            return _trace_step(self.planned, self._batch, accumulates=True)
 
     @cached_property
     def _layer_lifetimes(self) -> Lifetimes:
@@ -195,7 +206,8 @@ class Footprints:
             (total, hidden), grads = nn.value_and_grad(model, hidden_sum)(model)
             return [total, *(g for _, g in tree_flatten(grads)), hidden]
 
-        return _trace_model(self.planned.model, function, [])
+        with _experts_frozen(self.planned.model):
+            return _trace_model(self.planned.model, function, [])
 
     @cached_property
     def _update_excess(self) -> float:
@@ -231,7 +243,8 @@ def _elements(parts: list[Part]) -> int:
 
 def _trace_step(planned: PlannedModel, batch: dict[str, mx.array], accumulates: bool) -> Lifetimes:
     """Loss and gradients of one micro-batch, added to those of earlier ones where `accumulates`."""
-    sums = [mx.zeros(p.shape) for _, p in tree_flatten(planned.model.trainable_parameters())] if accumulates else []
+    trainable = tree_flatten(planned.model.trainable_parameters())
+    sums = [mx.zeros(p.shape) for _, p in trainable] if accumulates else []
 
     def function(model: nn.Module, *earlier: mx.array) -> list[mx.array]:
         (loss, num_tokens), grads = nn.value_and_grad(model, planned.loss)(model, batch)
@@ -243,8 +256,25 @@ def _trace_step(planned: PlannedModel, batch: dict[str, mx.array], accumulates: 
     return _trace_model(planned.model, function, sums)
 
 
-def _trace_model(model: nn.Module, function, arguments: list[mx.array]) -> Lifetimes:
-    """Trace a function of the model with its parameters as inputs, and leave the model as it was."""
+@contextlib.contextmanager
+def _experts_frozen(model: nn.Module) -> Iterator[None]:
+    """Freeze expert layers for a while: MLX cannot export the operation that makes their weights' gradients."""
+    experts = [m for _, m in model.named_modules() if isinstance(m, (*EXPERTS, LoRASwitchLinear))]
+    frozen_before = [module._no_grad.copy() for module in experts]
+    for module in experts:
+        module.freeze(recurse=False)
+    try:
+        yield
+    finally:
+        for module, names in zip(experts, frozen_before, strict=True):
+            module._no_grad = names
+
+
+def _trace_model(model: nn.Module, function: Callable, arguments: list[mx.array]) -> Lifetimes:
+    """Trace a function of the model with its parameters as inputs, and leave the model as it was.
+
+    The arguments are given up to it, so they count until they are read.
+    """
     parameters = tree_flatten(model.parameters())
     names = [name for name, _ in parameters]
 
@@ -253,6 +283,8 @@ def _trace_model(model: nn.Module, function, arguments: list[mx.array]) -> Lifet
         return function(model, *arrays[len(names) :])
 
     try:
-        return lifetimes(trace(traced, [*(p for _, p in parameters), *arguments]))
+        graph = trace(traced, [*(p for _, p in parameters), *arguments])
     finally:
         model.update(tree_unflatten(parameters))
+    given_up = dict(zip(graph.inputs[len(names) :], (a.nbytes for a in arguments), strict=True))
+    return lifetimes(graph, given_up)

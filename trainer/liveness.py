@@ -93,7 +93,9 @@ class Lifetimes:
     num_steps: int = 0
     made_at: list[int] = field(default_factory=list)
 
-    def bytes_over_time(self, size: Callable[[Buffer], float] = lambda buffer: buffer.num_bytes) -> np.ndarray:
+    def bytes_over_time(
+        self, size: Callable[[Buffer], float] = lambda buffer: buffer.num_bytes
+    ) -> np.ndarray:
         """Bytes at each step; `size` says what a buffer counts, such as a part of it on one of several ranks."""
         change = np.zeros(self.num_steps + 2)
         for buffer in self.buffers:

@@ -64,7 +64,9 @@ class Placement:
     def __init__(self, model: nn.Module) -> None:
         trainable = {name for name, _ in tree_flatten(model.trainable_parameters())}
         self.model = model
-        self.parts = [Part(n, tuple(p.shape), p.dtype, n in trainable) for n, p in tree_flatten(model.parameters())]
+        self.parts = [
+            Part(n, tuple(p.shape), p.dtype, n in trainable) for n, p in tree_flatten(model.parameters())
+        ]
         self.num_layers = len(model.layers)
         self._tensor_parallel: dict[int, list[Part]] = {1: self.parts}
 
@@ -143,7 +145,9 @@ def _tensor_parallel_shapes(model: nn.Module, tp: int) -> dict[str, tuple[int, .
     return local
 
 
-def _vocabulary_modules(model: nn.Module, embedding: str | None, head: str | None) -> Iterator[tuple[str, str]]:
+def _vocabulary_modules(
+    model: nn.Module, embedding: str | None, head: str | None
+) -> Iterator[tuple[str, str]]:
     """Embedding and head, and how they are divided; an embedding inside an adapter stays whole."""
     for name, kind in ((embedding, "slice"), (head, "all-to-sharded")):
         path, module = find_named(model, name) or ("", None)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from trainer.config import Recipe
 from trainer.footprint import Footprint, Footprints
+from trainer.problems import listing
 from trainer.recipe import load_recipe
 from trainer.rules import MeshSizes, resolve_batch, resolve_mesh
 from trainer.shapes import PlannedModel, planned_model
@@ -22,7 +23,18 @@ GIB = 2**30
 # Part of a machine's memory that a run may count on; macOS lets a GPU wire about this much.
 _USABLE = 0.75
 _NUM_SHOWN = 6
-_HEADER = ("mesh", "micro", "weights", "gradients", "optimizer", "buffers", "activations", "peak", "sent", "s/step")
+_HEADER = (
+    "mesh",
+    "micro",
+    "weights",
+    "gradients",
+    "optimizer",
+    "buffers",
+    "activations",
+    "peak",
+    "sent",
+    "s/step",
+)
 
 
 @dataclass(frozen=True)
@@ -108,7 +120,8 @@ class Planner:
 
     def others(self, mesh: MeshSizes, accumulation: int) -> tuple[list[Choice], list[str]]:
         """The other meshes with the same ranks and the same global batch, and why some were left out."""
-        choices, refused = [], {}
+        choices: list[Choice] = []
+        refused: dict[int, str] = {}
         rows = accumulation * mesh.dp
         for other in meshes(mesh.world):
             if other == mesh or rows % other.dp or other.pp > self.footprints.placement.num_layers:
@@ -118,8 +131,12 @@ class Planner:
             try:
                 choices.append(self.choice(other, rows // other.dp))
             except ValueError as error:
-                refused[other.tp] = f"tp = {other.tp} is left out: {str(error).splitlines()[0]}"
-        return sorted(choices, key=lambda c: (c.seconds, c.footprint.peak)), list(refused.values())
+                refused[other.tp] = str(error).splitlines()[0]
+        sizes_by_reason = {
+            reason: [tp for tp, r in refused.items() if r == reason] for reason in refused.values()
+        }
+        reasons = [f"left out: tp = {listing(map(str, tps))}. {why}" for why, tps in sizes_by_reason.items()]
+        return sorted(choices, key=lambda c: (c.seconds, c.footprint.peak)), reasons
 
     def fits(self, choice: Choice) -> bool:
         """Whether the fullest rank stays within the machine's memory."""
@@ -161,7 +178,11 @@ class Planner:
         active = config.get("num_experts_per_tok") or 1
         total = 0.0
         for part in self.footprints.placement.parts:
-            if len(part.shape) < 2 or "embed_tokens" in part.name or part.name.endswith((".scales", ".biases")):
+            if (
+                len(part.shape) < 2
+                or "embed_tokens" in part.name
+                or part.name.endswith((".scales", ".biases"))
+            ):
                 continue
             elements = part.size * _packing(part, self.recipe, config)
             share = active / part.shape[0] if len(part.shape) == 3 and "switch" in part.name else 1.0
@@ -221,7 +242,9 @@ def _report(planner: Planner, own: Choice, others: list[Choice], refused: list[s
 
 
 def _overrides(choice: Choice) -> str:
-    axes = " ".join(f"parallel.{axis}={getattr(choice.mesh, axis)}" for axis in ("dp_replicate", "dp_shard", "pp", "tp"))
+    axes = " ".join(
+        f"parallel.{axis}={getattr(choice.mesh, axis)}" for axis in ("dp_replicate", "dp_shard", "pp", "tp")
+    )
     return f"{axes} grad_accumulation_steps={choice.accumulation}"
 
 

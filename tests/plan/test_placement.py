@@ -1,0 +1,128 @@
+"""Shapes on each rank, against the wrapper that really divides the model."""
+
+from types import SimpleNamespace
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+
+from parallel import TensorParallel
+from trainer.placement import Placement, even_split
+from trainer.plan import meshes
+from trainer.recipe import recipe_from
+from trainer.rules import MeshSizes
+from trainer.shapes import planned_model
+
+QWEN3 = {
+    "model_type": "qwen3",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 96,
+    "tie_word_embeddings": True,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 512,
+    "rope_theta": 1e4,
+}
+HYBRID = QWEN3 | {
+    "model_type": "qwen3_5_text",
+    "tie_word_embeddings": False,
+    "linear_num_value_heads": 8,
+    "linear_num_key_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_conv_kernel_dim": 4,
+    "full_attention_interval": 4,
+}
+MOE = QWEN3 | {
+    "model_type": "qwen3_moe",
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 64,
+    "norm_topk_prob": True,
+}
+CONFIGS = {"qwen3": QWEN3, "hybrid": {"model_type": "qwen3_5", "text_config": HYBRID}, "moe": MOE}
+
+
+def make(config: dict, **changes):
+    values = {
+        "model": {"config": config, "tokenizer": "bpe:96", "dtype": "float32"},
+        "data": {"train": "synthetic:sql", "max_seq_len": 32},
+    }
+    recipe = recipe_from(values | changes)
+    return recipe, planned_model(recipe)
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_tensor_parallel_shapes_are_those_of_the_wrapper(name, method, tp):
+    """A plan that promises less memory than a rank will need, or refuses a model that would fit."""
+    _, planned = make(CONFIGS[name], method=method)
+    parts = Placement(planned.model).tensor_parallel(tp)
+    group = SimpleNamespace(rank=tp - 1, size=tp)
+    wrapped = TensorParallel(planned.model, group)
+    expected = {n: tuple(p.shape) for n, p in tree_flatten(wrapped.parameters())}
+    assert {part.name: part.shape for part in parts} == expected
+
+
+def test_tensor_parallel_refusals_come_through():
+    """A mesh that the run would refuse, planned as if it worked."""
+    _, planned = make(QWEN3)
+    with pytest.raises(ValueError, match="Sizes that work"):
+        Placement(planned.model).tensor_parallel(3)
+
+
+def test_pipeline_stages_hold_every_parameter_once():
+    """A layer on no stage or on two; a tied embedding missing where the head needs it."""
+    for config in (QWEN3, CONFIGS["hybrid"]):
+        _, planned = make(config)
+        placement = Placement(planned.model)
+        split = even_split(placement.num_layers, 3)
+        stages = [{p.name for p in placement.rank(MeshSizes(pp=3), s, split)} for s in range(3)]
+        assert set.union(*stages) == {part.name for part in placement.parts}
+        twice = set.intersection(stages[0], stages[2])
+        assert all("embed_tokens" in name for name in twice) and bool(twice) == (config is QWEN3)
+        assert not stages[1] & (stages[0] | stages[2])
+        assert any(name.endswith("model.norm.weight") for name in stages[2])
+
+
+def test_even_split():
+    """Layers lost or stages of very different size."""
+    assert even_split(10, 4) == [3, 3, 2, 2]
+    assert even_split(4, 4) == [1, 1, 1, 1]
+
+
+def test_fsdp_divides_the_first_dimension_and_rounds_up():
+    """A rank that holds the larger part of an uneven split."""
+    _, planned = make(QWEN3)
+    placement = Placement(planned.model)
+    whole = {part.name: part.shape for part in placement.parts}
+    for part in placement.rank(MeshSizes(dp_shard=5), 0, [5]):
+        assert part.shape == (-(-whole[part.name][0] // 5), *whole[part.name][1:])
+
+
+def test_all_meshes_of_a_world():
+    """A mesh left out, or one of the wrong size."""
+    found = list(meshes(12))
+    assert len(set(found)) == len(found) == 40
+    assert all(mesh.world == 12 for mesh in found)
+
+
+def test_a_quantized_checkpoint_is_counted_as_stored():
+    """Weights of 4 bits counted as 16, or layers that are stored whole counted as quantized."""
+    stored = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "ignore": ["lm_head", "re:.*self_attn.*"],
+    }
+    _, planned = make(MOE | {"tie_word_embeddings": False, "quantization_config": stored})
+    dtypes = {n: p.dtype for n, p in tree_flatten(planned.model.parameters())}
+    quantized = {n for n, dtype in dtypes.items() if dtype == mx.uint32}
+    assert quantized and all("mlp" in name for name in quantized)
+    assert dtypes["lm_head.weight"] == mx.float32
