@@ -18,8 +18,8 @@ import numpy as np
 from trainer.storage import CHUNK_BYTES, FileRecord, file_record
 
 MAX_SHARD_BYTES = 5 * 10**9
-# About 1800 tensors; a shard with more is closed, like one with too many bytes.
-HEADER_ROOM_BYTES = 256 * 2**10
+# About 450 tensors; a shard with more is closed, like one with too many bytes.
+HEADER_ROOM_BYTES = 64 * 2**10
 
 DTYPE_NAMES = {
     mx.bool_: "BOOL",
