@@ -1,0 +1,89 @@
+"""`python -m comm launch | bench | doctor`: the command line; each verb loads what it needs."""
+
+import argparse
+import os
+import sys
+
+from comm.capabilities import CAPABILITIES
+
+BACKENDS = tuple(CAPABILITIES)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one verb and returns its exit code."""
+    given = sys.argv[1:] if arguments is None else arguments
+    cut = given.index("--") if "--" in given else len(given)
+    parser = _parser()
+    options = parser.parse_args(given[:cut])
+    if options.verb == "launch":
+        return _launch(parser, options, given[cut + 1 :])
+    if given[cut:]:
+        parser.error(f"{options.verb} takes no program after --")
+    if options.verb == "bench":
+        from comm.bench import main as run_bench
+
+        return run_bench(options)
+    from comm.doctor import main as run_doctor
+
+    return run_doctor(options)
+
+
+def _launch(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, command: list[str]
+) -> int:
+    from comm.launch import Job, launch, make_hosts, mpi_job
+
+    if not command:
+        parser.error("launch needs the program to start: python -m comm launch -n 2 -- python x.py")
+    try:
+        hosts = make_hosts(options.num_ranks, options.hosts, options.hostfile)
+    except ValueError as error:
+        parser.exit(2, f"{error}\n")
+    backend = options.backend or hosts.backend or "ring"
+    job = Job(
+        tuple(command), hosts, backend, options.timeout, options.max_restarts,
+        options.python, options.ssh, options.cwd,
+    )  # fmt: skip
+    try:
+        return launch(mpi_job(job) if backend == "mpi" else job)
+    except ValueError as error:
+        parser.exit(2, f"{error}\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m comm", description=__doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    launch = verbs.add_parser("launch", help="start a program on every rank: launch ... -- COMMAND")
+    launch.add_argument("-n", type=_positive, dest="num_ranks", help="ranks per host (default 1)")
+    launch.add_argument("--hosts", help="host names for ssh, separated by commas")
+    launch.add_argument("--hostfile", help="hosts as mlx.distributed_config writes them")
+    launch.add_argument("--backend", choices=BACKENDS, help="default: the hostfile's, else ring")
+    launch.add_argument("--max-restarts", type=int, default=0, help="restarts after a failure")
+    launch.add_argument(
+        "--timeout", type=float, default=300.0, help="seconds a rank may be missing (default 300)"
+    )
+    launch.add_argument("--python", default="python3", help="interpreter on other hosts")
+    launch.add_argument("--ssh", default="ssh -o BatchMode=yes", help="command that reaches them")
+    launch.add_argument("--cwd", default=os.getcwd(), help="folder to start in, where it exists")
+    bench = verbs.add_parser("bench", help="measure the collectives; run it under a launcher")
+    bench.add_argument("--backend", default="any", choices=("any", *BACKENDS))
+    bench.add_argument("--json", action="store_true", help="print one JSON object")
+    bench.add_argument("--plot", metavar="FILE", help="draw latency and bandwidth as a PNG")
+    bench.add_argument("--max-mib", type=_positive, default=64, help="largest message (default 64)")
+    bench.add_argument("--repeats", type=_positive, default=5, help="timings each (default 5)")
+    doctor = verbs.add_parser("doctor", help="check the hosts; each line is pass, warn or fail")
+    doctor.add_argument("--hostfile", help="hosts as mlx.distributed_config writes them")
+    doctor.add_argument("--python", default="python3", help="interpreter on other hosts")
+    doctor.add_argument("--ssh", default="ssh -o BatchMode=yes", help="command that reaches them")
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""The launcher's hand on a host: starts one rank's program there and ends it when told to.
+
+Runs as `python -m comm.agent`, locally or over ssh, and speaks JSON lines on stdin: first the
+addresses to reserve, then the order to start, then signals. Its first line of output is its
+greeting. When stdin closes, because the launcher or the connection is gone, the program and all
+it started are ended. Nothing here imports MLX or waits in a loop.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from comm.addresses import host_address, reserve_ports
+
+GREETING = "comm-agent "
+ORPHAN_SECONDS = 3.0  # from SIGTERM to SIGKILL once the launcher is gone
+PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    """Serves one launcher until the program has ended."""
+    with ExitStack() as held:
+        request = _read()
+        addresses = own_ips(request, os.environ)
+        control = addresses["control"]
+        wanted = [addresses["ips"], [control] * request["num_extra_ports"]]
+        ports, extra = held.enter_context(reserve_ports(wanted))
+        greeting = {"control": control, "ring": ports, "extra": extra}
+        print(GREETING + json.dumps(greeting), flush=True)
+        order = _read()
+        folder = held.enter_context(tempfile.TemporaryDirectory(prefix="comm-"))
+        process = start(order, folder)
+        threading.Thread(target=_obey, args=(process,), daemon=True).start()
+        code = process.wait()
+        kill_group(process, signal.SIGKILL)  # what the program left behind
+        sys.stdout.flush()
+    # Not sys.exit: the thread above still reads stdin, on which the interpreter would wait.
+    os._exit(code if code >= 0 else 128 - code)
+
+
+def own_ips(request: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
+    """The addresses of this host: the hostfile's, else the one that ssh came in on."""
+    server = environ.get("SSH_CONNECTION", "").split()
+    ips = request["ips"]
+    if request["all_local"]:
+        return {"ips": ips or ["127.0.0.1"], "control": (ips or ["127.0.0.1"])[0]}
+    control = server[2] if len(server) == 4 else host_address()
+    return {"ips": ips or [control], "control": control}
+
+
+def start(order: Mapping[str, Any], folder: str) -> subprocess.Popen:
+    """Starts the program in a session of its own, so that all its children can be ended."""
+    variables = {**os.environ, **order["variables"]}
+    for name, content in order["files"].items():
+        path = Path(folder, name)
+        path.write_text(json.dumps(content))
+        variables[name] = str(path)
+    cwd = order["cwd"] if os.path.isdir(order["cwd"]) else None
+    command = order["command"]
+    try:
+        return subprocess.Popen(
+            command,
+            env=variables,
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+        )
+    except OSError as error:
+        print(f"{command[0]} cannot be started: {error.strerror}", file=sys.stderr, flush=True)
+        os._exit(127)
+
+
+def kill_group(process: subprocess.Popen, number: int) -> None:
+    """Sends a signal to the program and everything that it started."""
+    try:
+        os.killpg(process.pid, number)
+    except (ProcessLookupError, PermissionError):
+        pass  # all of them have ended
+
+
+def _obey(process: subprocess.Popen) -> None:
+    """Passes signals on; an end of the input means that the launcher is gone."""
+    while line := sys.stdin.readline():
+        kill_group(process, json.loads(line)["signal"])
+    kill_group(process, signal.SIGTERM)  # mpirun ends its ranks only on this one
+    time.sleep(ORPHAN_SECONDS)
+    kill_group(process, signal.SIGKILL)
+
+
+def _read() -> Any:
+    line = sys.stdin.readline()
+    if not line:
+        os._exit(1)
+    return json.loads(line)
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()
