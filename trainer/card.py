@@ -1,5 +1,6 @@
 """The model card of an exported model: what it was made from, how to load it, what it reached."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from trainer.config import Recipe
@@ -44,7 +45,8 @@ def model_card(recipe: Recipe, library: str, metrics: Path, *, model_class: str,
     if results:
         lines += ["## Results", "", "| metric | last value |", "|---|---|"]
         lines += [f"| {key} | {value:g} |" for key, value in results.items()] + [""]
-    lines += ["## Recipe", "", "```yaml", to_yaml(recipe).strip(), "```", ""]
+    portable = replace(recipe, output_dir=Path(recipe.output_dir).name)
+    lines += ["## Recipe", "", "```yaml", to_yaml(portable).strip(), "```", ""]
     return "\n".join(lines)
 
 

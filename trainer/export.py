@@ -32,7 +32,7 @@ from trainer.tensor_files import write_tensor_file
 
 PROBE_SHAPE = (2, 32)  # rows and tokens on which a fused model is compared
 FLOAT32_TOLERANCE = 1e-4  # of the logits' spread
-HALF_TOLERANCE = 5e-2  # rounding every fused weight to 16 bits moves logits by about 1e-2
+HALF_TOLERANCE = 1e-1  # rounding the fused weights to 16 bits moves logits by 2e-2 in a small model
 
 
 @dataclass
@@ -161,21 +161,16 @@ def export_fused(run: OpenedRun, folder: Path, *, requantize: bool) -> list[str]
     probe = mx.random.randint(0, len(run.tokenizer), PROBE_SHAPE, key=mx.random.key(0))
     expected = _logits(run.model, probe)
     is_quantized = "quantization" in run.base.config
+    rounds = is_quantized and requantize
     run.base = fuse(run.base, dequantize=not requantize)
     dtype = _dtype(run.model)
     with atomic_folder(folder) as staging:
         tensors = tree_flatten(run.model.parameters())
-        source = source_folder(run.recipe.model)
-        write_model(staging, tensors, run.base.config, run.tokenizer, source=source)
+        write_model(staging, tensors, run.base.config, run.tokenizer, source=source_folder(run.recipe.model))
         written, _ = load_model(staging)
         difference = relative_difference(_logits(written, probe), expected)
-        rounds = is_quantized and requantize
-        tolerance = FLOAT32_TOLERANCE if dtype == mx.float32 else HALF_TOLERANCE
-        if not rounds and not difference <= tolerance:
-            raise ValueError(
-                f"The fused model's logits differ from base + adapter's by {difference:.1e} of their spread, "
-                f"more than {tolerance:g}; {str(folder)!r} is left as it was."
-            )
+        if not rounds:
+            _check_difference(difference, dtype, folder)
         notes = [_comparison(difference, is_quantized, rounds, dtype)]
         metrics = Path(run.recipe.output_dir) / "metrics.jsonl"
         card = model_card(run.recipe, "mlx-lm", metrics, model_class="", base=run.base_name, notes=notes)
@@ -211,6 +206,15 @@ def _logits(model: nn.Module, tokens: mx.array) -> mx.array:
     logits = model(tokens)
     mx.eval(logits)
     return logits
+
+
+def _check_difference(difference: float, dtype: mx.Dtype, folder: Path) -> None:
+    tolerance = FLOAT32_TOLERANCE if dtype == mx.float32 else HALF_TOLERANCE
+    if not difference <= tolerance:  # also when it is not a number
+        raise ValueError(
+            f"The fused model's logits differ from base + adapter's by {difference:.1e} of their spread, "
+            f"more than {tolerance:g}; {str(folder)!r} is left as it was."
+        )
 
 
 def _comparison(difference: float, is_quantized: bool, rounds: bool, dtype: mx.Dtype) -> str:

@@ -12,7 +12,7 @@ DATA = Path(__file__).parents[1] / "reference" / "data"
 PROBE = [[5, 9, 31, 7, 120, 64, 3, 250, 11, 77, 8, 19], [1, 2, 300, 44, 45, 46, 201, 7, 7, 90, 33, 12]]
 
 RECIPE = """
-model: {{path: {model}, dtype: float32, quantize: {quantize}}}
+model: {model}
 method: {method}
 lora: {lora}
 data: {{train: {rows}, max_seq_len: 64, shuffle: false}}
@@ -25,15 +25,47 @@ output_dir: {output}
 """
 
 
+# A random start: a mixture of experts with the tokenizer of the qwen3 checkpoint.
+EXPERTS = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "intermediate_size": 32,
+    "moe_intermediate_size": 16,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "norm_topk_prob": True,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+    "vocab_size": 320,
+}
+
+
 def train_run(
     folder: Path, architecture: str, method: str, *, lora: dict | None = None, quantize: dict | None = None
 ) -> Path:
-    """Three steps, with a checkpoint after the second; returns the output folder."""
+    """Three steps, with a checkpoint after the second; returns the output folder.
+
+    Args:
+        folder: gets the recipe and the output.
+        architecture: a checkpoint of tests/reference, or "experts" for a random start.
+        method, lora, quantize: as in a recipe.
+    """
+    if architecture == "experts":
+        model = {"config": EXPERTS, "tokenizer": str(DATA / "qwen3")}
+    else:
+        model = {"path": str(DATA / architecture)}
     text = RECIPE.format(
-        model=DATA / architecture,
+        model=json.dumps(model | {"dtype": "float32", "quantize": quantize}),
         method=method,
         lora=json.dumps(lora or {}),
-        quantize=json.dumps(quantize),
         rows=DATA / "train.jsonl",
         output=folder / "output",
     )

@@ -29,6 +29,13 @@ def test_logits_equal_base_and_adapter(tmp_path, architecture, method, targets):
     assert "mlx_lm.generate" in (run / "fused" / "README.md").read_text()
 
 
+def test_experts_of_a_random_start(tmp_path, capsys):
+    """Catches: expert adapters fused in the wrong layout, a tokenizer missing beside a model without a base folder."""
+    run = train_run(tmp_path, "experts", "lora")
+    assert export(run, "--to", "fused") == 0, capsys.readouterr().err
+    assert mx.isfinite(model_logits(run / "fused")).all().item(), "the model does not open"
+
+
 def test_wrong_fusion_leaves_the_older_export(tmp_path, monkeypatch, capsys):
     """Catches: a fused model that is written over a good one before anyone compared it."""
     run = train_run(tmp_path, "llama", "lora")

@@ -5,10 +5,6 @@ import json
 import mlx.core as mx
 import pytest
 from export_support import DATA, export, tensor_shapes, train_run
-from mlx_lm.models.qwen3_moe import Model, ModelArgs
-from trainer.config import LoraConfig
-from trainer.lora import DropoutKeys, LoRASpec, attach, find_targets
-from trainer.peft import adapter_tensors
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen3", "qwen3_5"])
@@ -99,17 +95,15 @@ def test_tied_embeddings_are_refused(tmp_path, capsys):
     assert "tied to the output head" in capsys.readouterr().err
 
 
-def test_expert_adapters_are_refused():
-    """Catches: stacked expert adapters written under names that PEFT ignores."""
-    args = dict(model_type="qwen3_moe", hidden_size=32, num_hidden_layers=1, intermediate_size=32, num_experts=4)
-    args |= dict(num_attention_heads=2, num_experts_per_tok=2, decoder_sparse_step=1, mlp_only_layers=[], head_dim=16)
-    args |= dict(moe_intermediate_size=16, rms_norm_eps=1e-6, vocab_size=64, num_key_value_heads=2, rope_theta=1e4)
-    args |= dict(tie_word_embeddings=False, max_position_embeddings=64, norm_topk_prob=True)
-    model = Model(ModelArgs.from_dict(args))
-    spec = LoRASpec(find_targets(model, LoraConfig().targets, "all", "lora"), 4, 2.0, 0.0, "lora")
-    attach(model, spec, DropoutKeys(), seed=0)
-    with pytest.raises(ValueError, match="adapts experts"):
-        adapter_tensors(model, spec, args, multimodal=False)
+@pytest.mark.parametrize(
+    ("words", "reason"), [((), "random start"), (("--base-model", "someone/base"), "adapts experts")]
+)
+def test_what_peft_cannot_express_is_refused(tmp_path, capsys, words, reason):
+    """Catches: stacked expert adapters under names that PEFT ignores, an adapter for a base that nobody has."""
+    run = train_run(tmp_path, "experts", "lora")
+    assert export(run, "--to", "peft", *words) == 2, "the adapter was exported"
+    assert reason in capsys.readouterr().err
+    assert not (run / "peft").exists(), "something was written"
 
 
 def test_foreign_folder_is_left_alone(tmp_path, capsys):
