@@ -12,6 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -21,11 +22,15 @@ from trainer.adapters import load_into, read_adapter
 from trainer.agreement import together
 from trainer.batches import Share, TrainingBatches
 from trainer.config import Recipe
-from trainer.data import Splits, TokenizedRows, bucket_lengths, corpus, load_splits, plan_epoch
+from trainer.data import PlannedBatch, Splits, TokenizedRows, bucket_lengths, corpus, load_splits, plan_epoch, plan_packed
 from trainer.evaluation import Evaluator
 from trainer.loading import BaseModel, materialize, open_model, open_tokenizer
 from trainer.lora import DropoutKeys, LoRASpec, attach, find_targets
 from trainer.loss import TokenLoss
+from trainer.models.checkpointing import checkpoint_layers
+from trainer.models.lora_matmul import use_fast_lora
+from trainer.models.prepare import prepare_for_training
+from trainer.models.segments import packing_supported
 from trainer.optim import Optimizer
 from trainer.rules import BatchSizes, MeshSizes, resolve_batch, resolve_mesh
 
@@ -77,7 +82,27 @@ class Parts:
     @cached_property
     def batches(self) -> TrainingBatches:
         """The steps' inputs on this rank."""
-        return training_batches(self.recipe, self.splits, self.share, pad_token(self.tokenizer))
+        plan = partial(self.plan, self.splits.train, self.batch.global_size, self.recipe.seed)
+        return TrainingBatches(self.splits.train, plan, self.share, self.recipe.seed, pad_token(self.tokenizer))
+
+    def plan(self, rows: TokenizedRows, size: int, seed: int, epoch: int, shuffle: bool | None = None) -> list[PlannedBatch]:
+        """The global batches of `size` lines of one pass over `rows`, packed or in groups of like length."""
+        data = self.recipe.data
+        settings = {
+            "seed": seed,
+            "epoch": epoch,
+            "global_batch_size": size,
+            "max_seq_len": data.max_seq_len,
+            "shuffle": data.shuffle if shuffle is None else shuffle,
+        }
+        if self.loss.packed:
+            return plan_packed(rows.lengths, **settings)
+        return plan_epoch(rows.lengths, group_by_length=data.group_by_length, buckets=self.buckets, **settings)
+
+    @cached_property
+    def buckets(self) -> np.ndarray:
+        """Padded lengths of the run; validation uses the same, so that it adds no shapes."""
+        return bucket_lengths(self.splits.train.lengths, self.recipe.data.max_seq_len)
 
     @property
     def share(self) -> Share:
@@ -91,16 +116,17 @@ class Parts:
 
     def evaluator(self, rows: TokenizedRows) -> Evaluator:
         """Measures the model on `rows`."""
+        share = replace(self.share, accumulation=1)
         return Evaluator(
             self.model,
             self.tokenizer,
             self.loss,
             rows,
             self.recipe.eval,
-            self.share,
+            self.plan(rows, share.global_batch_size, seed=0, epoch=0, shuffle=False),
+            share,
             self.data_group,
-            max_seq_len=self.recipe.data.max_seq_len,
-            pad_id=pad_token(self.tokenizer),
+            pad_token(self.tokenizer),
         )
 
     @property
@@ -112,7 +138,7 @@ class Parts:
             "method": self.recipe.method,
             "lora": _digest(asdict(self.adapter)) if self.adapter else None,
             "data": self.splits.train.digest,
-            "data.order": [data.shuffle, data.group_by_length, data.max_seq_len],
+            "data.order": [data.shuffle, data.group_by_length, data.max_seq_len, self.loss.packed],
             "seed": self.recipe.seed,
             "global_batch_size": self.batch.global_size,
             "optimizer.name": self.recipe.optimizer.name,
@@ -145,6 +171,7 @@ def build(recipe: Recipe, world: comm.Group, notice: Notice, batch_dp: int | Non
     parts = together(world, partial(_build_alone, recipe, world, mesh, notice))
     parts.batch_dp = batch_dp or mesh.dp
     DataParallel(parts.model, world, wire_dtype=_wire_dtype(recipe), bucket_bytes=_bucket_bytes(recipe))
+    checkpoint_layers(parts.model.layers, recipe.gradient_checkpointing)
     parts.model.train()
     return parts
 
@@ -155,10 +182,13 @@ def _build_alone(recipe: Recipe, world: comm.Group, mesh: MeshSizes, notice: Not
     tokenizer = open_tokenizer(recipe.model, partial(corpus, recipe.data, recipe.seed))
     splits = load_splits(recipe.data, tokenizer, recipe.seed, notice=notice)
     base = open_model(recipe.model, len(tokenizer), recipe.seed)
+    packed = decide_packing(recipe, base.model, splits.train, batch.global_size, notice)
+    prepare_for_training(base.model)
     keys = DropoutKeys()
     adapter = prepare_method(recipe, base, keys)
+    use_fast_lora(base.model)
     materialize(base.model)
-    return Parts(recipe, world, mesh, batch, tokenizer, splits, base, adapter, TokenLoss(keys), mesh.dp)
+    return Parts(recipe, world, mesh, batch, tokenizer, splits, base, adapter, TokenLoss(keys, packed), mesh.dp)
 
 
 def prepare_method(recipe: Recipe, base: BaseModel, keys: DropoutKeys) -> LoRASpec | None:
@@ -189,25 +219,35 @@ def prepare_method(recipe: Recipe, base: BaseModel, keys: DropoutKeys) -> LoRASp
     return spec
 
 
-def training_batches(recipe: Recipe, splits: Splits, share: Share, pad_id: int) -> TrainingBatches:
-    """The steps' inputs of one data-parallel rank."""
+def decide_packing(recipe: Recipe, model: nn.Module, rows: TokenizedRows, size: int, notice: Notice) -> bool:
+    """What `data.packing` means for this model and these rows.
+
+    Args:
+        recipe: `auto` packs where that is proven exact, unless rows are to stay in file order or are so few that
+            packed they would not fill one global batch.
+        model: the base model.
+        rows: the training rows.
+        size: lines of a global batch.
+        notice: gets one line that says why `auto` does not pack.
+
+    Raises:
+        ValueError: `true`, and not proven for this architecture.
+    """
     data = recipe.data
-    lengths = splits.train.lengths
-    buckets = bucket_lengths(lengths, data.max_seq_len)
-
-    def planner(epoch: int) -> list:
-        return plan_epoch(
-            lengths,
-            seed=recipe.seed,
-            epoch=epoch,
-            global_batch_size=share.global_batch_size,
-            max_seq_len=data.max_seq_len,
-            shuffle=data.shuffle,
-            group_by_length=data.group_by_length,
-            buckets=buckets,
-        )
-
-    return TrainingBatches(splits.train, planner, share, recipe.seed, pad_id)
+    if data.packing is False:
+        return False
+    reason = packing_supported(model)
+    if data.packing is True:
+        if reason:
+            raise ValueError(f"data.packing=true: {reason}")
+        return True
+    if reason is None and not (data.shuffle or data.group_by_length):
+        reason = "shuffle and group_by_length are off, so rows stay in file order"
+    if reason is None and rows.lengths.sum() < size * data.max_seq_len:
+        reason = f"the rows would not fill one batch of {size} x {data.max_seq_len} tokens"
+    if reason:
+        notice(f"packing is off: {reason}")
+    return reason is None
 
 
 def pad_token(tokenizer: TokenizerWrapper) -> int:

@@ -1,7 +1,6 @@
 """Validation: loss and perplexity over a split, and the share of held-out rows answered exactly right."""
 
 import math
-from collections.abc import Sequence
 
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -11,7 +10,7 @@ from parallel import evaluate
 from trainer.answers import Answer, answer_rows
 from trainer.batches import Share, evaluation_batches
 from trainer.config import EvalConfig
-from trainer.data import PlannedBatch, TokenizedRows, plan_epoch
+from trainer.data import PlannedBatch, TokenizedRows
 from trainer.loss import TokenLoss
 
 
@@ -24,10 +23,10 @@ class Evaluator:
         loss: the training loss.
         rows: the split.
         config: the recipe's `eval:`.
-        share: this rank's part of a batch; its accumulation is ignored.
+        plan: every batch of the split, `share.global_batch_size` lines each.
+        share: this rank's part of a batch, without accumulation.
         group: the data-parallel ranks.
-        max_seq_len, pad_id: as in training.
-        buckets: padded lengths of the training run, so that validation adds no shapes of its own.
+        pad_id: token that fills rows up.
     """
 
     def __init__(
@@ -37,27 +36,14 @@ class Evaluator:
         loss: TokenLoss,
         rows: TokenizedRows,
         config: EvalConfig,
+        plan: list[PlannedBatch],
         share: Share,
         group: comm.Group,
-        *,
-        max_seq_len: int,
         pad_id: int,
-        buckets: Sequence[int] | None = None,
     ):
         self.model, self.tokenizer, self.rows, self.config = model, tokenizer, rows, config
-        self.share = Share(share.rank, share.size, share.micro_batch_size, accumulation=1)
-        self.group, self.pad_id = group, pad_id
+        self.share, self.group, self.pad_id = share, group, pad_id
         self.mean_loss = evaluate(model, loss)
-        plan = plan_epoch(
-            rows.lengths,
-            seed=0,
-            epoch=0,
-            global_batch_size=self.share.global_batch_size,
-            max_seq_len=max_seq_len,
-            shuffle=False,
-            group_by_length=True,
-            buckets=buckets,
-        )
         self.plan = _spread(plan, config.batches)
 
     def loss(self) -> dict[str, float]:

@@ -8,6 +8,7 @@ import mlx.nn as nn
 
 from parallel import hidden_and_head
 from trainer.lora import DropoutKeys
+from trainer.models.linear_cross_entropy import linear_cross_entropy
 
 
 class TokenLoss:
@@ -18,7 +19,7 @@ class TokenLoss:
         packed: rows hold several documents; attention and recurrent state stay inside each.
     """
 
-    def __init__(self, keys: DropoutKeys, packed: bool = False):
+    def __init__(self, keys: DropoutKeys, packed: bool):
         self.keys = keys
         self.packed = packed
 
@@ -32,7 +33,5 @@ class TokenLoss:
         self.keys.current = batch["keys"]
         segments = batch["segments"] if self.packed else None
         hidden, head = hidden_and_head(model, batch["tokens"], segments)
-        mask = batch["mask"][:, 1:]
-        logits = head(hidden[:, :-1]).astype(mx.float32)
-        losses = nn.losses.cross_entropy(logits, batch["tokens"][:, 1:])
-        return mx.where(mask, losses, 0.0).sum(), mask.sum()
+        targets, mask = batch["tokens"][:, 1:], batch["mask"][:, 1:]
+        return linear_cross_entropy(hidden[:, :-1], head, targets, mask, with_gradients=model.training)

@@ -110,7 +110,7 @@ def resolve_batch(recipe: Recipe, dp: int) -> BatchSizes:
 
 def check(recipe: Recipe) -> list[Problem]:
     """Combinations that cannot run, whatever the number of ranks."""
-    return [*_check_model(recipe), *_check_data(recipe), *_check_sizes(recipe), *_check_not_proven(recipe)]
+    return [*_check_model(recipe), *_check_data(recipe), *_check_sizes(recipe)]
 
 
 def _check_model(recipe: Recipe) -> Iterator[Problem]:
@@ -214,14 +214,6 @@ def _check_sizes(recipe: Recipe) -> Iterator[Problem]:
             f"names {len(split)} stages, but pp is {sizes['pp']}",
             f"{sizes['pp']} counts",
             about=("parallel.pp",),
-        )
-
-
-def _check_not_proven(recipe: Recipe) -> Iterator[Problem]:
-    """The one place that refuses what is not proven exact yet."""
-    if recipe.data.packing is True:
-        yield Problem(
-            "data.packing", True, "packing is not proven exact for any architecture yet", "auto or false"
         )
 
 

@@ -171,7 +171,6 @@ def test_nearest_known_key(key, meant):
         ({"model": {"config": {"model_type": "llama"}, "tokenizer": "bpe:many"}}, "model.tokenizer"),
         ({"data": {}}, "data.train"),
         ({"data": {"train": "x", "format": "text", "loss_on": "assistant"}}, "data.loss_on"),
-        ({"data": {"train": "x", "packing": True}}, "data.packing"),
     ],
 )
 def test_refusals(changes, path):
