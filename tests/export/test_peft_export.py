@@ -74,7 +74,8 @@ def test_checkpoint_is_exported_as_it_was(tmp_path):
     """Catches: the final values exported in place of a checkpoint's."""
     run = train_run(tmp_path, "llama", "lora")
     checkpoint = run / "checkpoints" / "step-0000002"
-    assert export(run, "--to", "peft") == 0 and export(checkpoint, "--to", "peft", "--output", str(tmp_path / "two")) == 0
+    assert export(run, "--to", "peft") == 0, "export of the result failed"
+    assert export(checkpoint, "--to", "peft", "--output", str(tmp_path / "two")) == 0, "export of a checkpoint failed"
     final = mx.load(str(run / "peft" / "adapter_model.safetensors"))
     earlier = mx.load(str(tmp_path / "two" / "adapter_model.safetensors"))
     assert final.keys() == earlier.keys() and not all(mx.array_equal(final[n], earlier[n]) for n in final), "no change"
