@@ -10,7 +10,9 @@ from tensor_models import make_model, prepare
 
 import comm
 from parallel import DataParallel, TensorParallel, gather_tensors, hidden_and_head, model_layout
+from trainer.models.checkpointing import checkpoint_layers
 from trainer.models.linear_cross_entropy import linear_cross_entropy
+from trainer.models.lora_matmul import use_fast_lora
 from trainer.models.prepare import prepare_for_training
 
 
@@ -30,15 +32,17 @@ def mesh_training(mesh: comm.Mesh) -> dict[str, Any]:
 
 
 def prepared_layers(group: comm.Group) -> dict[str, Any]:
-    """Gradients with packed rows, chunked attention and the loss that keeps no logits, whole against divided."""
+    """Gradients with packed rows, chunked attention, fast LoRA, the loss that keeps no logits, and layers computed again."""
     result = {}
     for architecture in ("llama", "qwen3_5", "gemma3"):
-        for method in ("full", "lora"):
+        for method in ("full", "lora", "qlora"):
             models = []
             for _ in range(2):
-                model = prepare_for_training(make_model(architecture))
-                models.append(prepare(model, method).train())
+                model = prepare(prepare_for_training(make_model(architecture)), method)
+                use_fast_lora(model)
+                models.append(model.train())
             TensorParallel(models[1], group)
+            checkpoint_layers(models[1].layers)
             (loss, grads), (divided_loss, local) = [nn.value_and_grad(m, _packed_loss)(m, batch(0)) for m in models]
             full = dict(gather_tensors(model_layout(models[1]), tree_flatten(local)))
             errors = {name: relative_error(full[name], grad) for name, grad in tree_flatten(grads)}

@@ -71,7 +71,7 @@ def test_checkpointed_layers(ring_of_two: Results, method: str) -> None:
         assert error < GRADIENT_TOLERANCE, f"gradient of {worst} off by {error}"
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen3_5", "gemma3"])
 def test_packed_rows_and_loss_without_logits(ring_of_two: Results, architecture: str, method: str) -> None:
     """Catches training-time layers that see whole dimensions, and a chunked loss that takes a slice for the vocabulary."""

@@ -43,8 +43,8 @@ def lora_matmul(
 
 
 def _is_frozen_matrix(base: nn.Module) -> bool:
-    # Exactly these classes: an extended one may do more than a product.
-    return type(base) in (nn.Linear, nn.QuantizedLinear) and "weight" in base._no_grad and "bias" not in base
+    # Classes that extend these without a call of their own (slices of a divided layer) are the same product.
+    return type(base).__call__ in (nn.Linear.__call__, nn.QuantizedLinear.__call__) and "weight" in base._no_grad and "bias" not in base
 
 
 def _times(rows: mx.array, base: nn.Module, transpose: bool) -> mx.array:
