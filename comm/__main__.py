@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     launch.add_argument("--cwd", default=os.getcwd(), help="folder to start in, where it exists")
     bench = verbs.add_parser("bench", help="measure the collectives; run it under a launcher")
     bench.add_argument("--backend", default="any", choices=("any", *BACKENDS))
+    bench.add_argument("-n", type=_positive, dest="num_ranks", default=2, help="local ranks, when started alone (default 2)")
     bench.add_argument("--json", action="store_true", help="print one JSON object")
     bench.add_argument("--plot", metavar="FILE", help="draw latency and bandwidth as a PNG")
     bench.add_argument("--max-mib", type=_positive, default=64, help="largest message (default 64)")

@@ -44,6 +44,7 @@ class Job:
         python: The interpreter for agents on other hosts.
         ssh: The command that reaches them.
         cwd: Folder to start in, where it exists.
+        prefix: Put the rank before each line.
     """
 
     command: tuple[str, ...]
@@ -54,6 +55,7 @@ class Job:
     python: str = "python3"
     ssh: str = "ssh -o BatchMode=yes"
     cwd: str = ""
+    prefix: bool = True
 
 
 def make_hosts(num_ranks: int | None, hosts: str | None, hostfile: str | None) -> HostList:
@@ -217,10 +219,11 @@ class Run:
         self._events.put(("end", rank, code if code >= 0 else 128 - code))
 
     def _copy(self, rank: int, pipe: BinaryIO, out: Any) -> None:
-        prefix = b"" if self.job.backend == "mpi" else f"[{rank}] ".encode()
+        mpi = self.job.backend == "mpi"  # whose mpirun writes [rank]<stdout>: itself
+        prefix = b"" if mpi or not self.job.prefix else f"[{rank}] ".encode()
         for line in pipe:
-            if self.job.backend == "mpi":
-                line = MPI_PREFIX.sub(rb"\1 ", line)
+            if mpi:
+                line = MPI_PREFIX.sub(rb"\1 " if self.job.prefix else b"", line)
             with self._lock:
                 out.buffer.write(prefix + line.rstrip(b"\n") + b"\n")
                 out.buffer.flush()
