@@ -22,7 +22,8 @@ from mlx_lm.tuner.lora import LoRASwitchLinear
 
 from parallel import hidden_and_head
 from trainer.config import Recipe
-from trainer.liveness import Buffer, Lifetimes, lifetimes, trace
+from trainer.graph import trace
+from trainer.liveness import Buffer, Lifetimes, lifetimes
 from trainer.lora import EXPERTS
 from trainer.optim import Optimizer
 from trainer.placement import Part, Placement, even_split

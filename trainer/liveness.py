@@ -1,6 +1,6 @@
 """How much memory a computation will need, from its graph alone: nothing is evaluated, no weight has to exist.
 
-The function is traced once; its operations are then walked through in the order in which MLX evaluates
+The operations of a traced function (`trainer.graph`) are walked through in the order in which MLX evaluates
 them, with a buffer for each result until its last reader has run. Views and results that take over the
 buffer of an input cost nothing. Assumes that operations run one after the other: what a device
 allocates ahead of time is not in it.
@@ -9,13 +9,12 @@ allocates ahead of time is not in it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from math import prod
-from typing import Any
 
-import mlx.core as mx
 import numpy as np
+
+from trainer.graph import Graph, Operation
 
 # Results that share their input's memory.
 _VIEWS = frozenset(
@@ -33,32 +32,6 @@ _ELEMENTWISE = frozenset(
 )
 # MLX looks at most so many results ahead when it orders operations (MLX_BFS_MAX_WIDTH).
 _WIDTH = 20
-
-
-@dataclass(frozen=True)
-class Operation:
-    """One operation: its name, the arrays it reads, and shape and bytes of each array it makes."""
-
-    name: str
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    num_bytes: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Graph:
-    """A traced function.
-
-    Attributes:
-        operations: in an order in which they could run.
-        inputs: names of the function's arguments.
-        outputs: names of its results.
-    """
-
-    operations: tuple[Operation, ...]
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -103,36 +76,6 @@ class Lifetimes:
             change[buffer.born] += counted
             change[buffer.died + 1] -= counted
         return np.cumsum(change)[: self.num_steps]
-
-
-def trace(function: Callable[..., Any], arguments: Sequence[mx.array]) -> Graph:
-    """The graph of `function(*arguments)`, whose arrays may be lazy: only shapes and dtypes are looked at.
-
-    Args:
-        function: from arrays to a list of arrays. Arrays it takes from elsewhere must have values.
-        arguments: examples of its arguments.
-    """
-    parts: dict[str, Any] = {}
-    operations: list[Operation] = []
-
-    def receive(part: dict[str, Any]) -> None:
-        if part["type"] != "primitive":
-            parts[part["type"]] = part
-            return
-        outputs = part["outputs"]
-        operations.append(
-            Operation(
-                part["name"],
-                tuple(name for name, _, _ in part["inputs"]),
-                tuple(name for name, _, _ in outputs),
-                tuple(tuple(shape) for _, shape, _ in outputs),
-                tuple(prod(shape) * dtype.size for _, shape, dtype in outputs),
-            )
-        )
-
-    mx.export_function(receive, function, *arguments)
-    names = {kind: tuple(entry[0] for entry in parts[kind][kind]) for kind in ("inputs", "outputs")}
-    return Graph(tuple(operations), names["inputs"], names["outputs"])
 
 
 def execution_order(graph: Graph) -> list[int]:

@@ -23,6 +23,10 @@ from trainer.config import ModelConfig, Recipe
 from trainer.loading import BaseModel, open_model
 from trainer.lora import DropoutKeys
 from trainer.loss import TokenLoss
+from trainer.models.checkpointing import checkpoint_layers
+from trainer.models.lora_matmul import use_fast_lora
+from trainer.models.prepare import prepare_for_training
+from trainer.models.segments import packing_supported
 
 _GROUP_SIZES = {"mxfp4": 32, "mxfp8": 32, "nvfp4": 16, "affine": 64}
 # Formats of `quantization_config` that name the format only; the bits and mode that MLX gives them.
@@ -72,10 +76,14 @@ def planned_model(recipe: Recipe) -> PlannedModel:
         notices.append("model.dtype: auto is counted as bfloat16, as on a GPU; a CPU would take float32")
     base = open_model(settings, _vocabulary(recipe.model, text_config), recipe.seed)
     notices += _quantize(base, recipe.model)
+    is_packed = recipe.data.packing is not False and packing_supported(base.model) is None
+    prepare_for_training(base.model)
     keys = DropoutKeys()
     prepare_method(recipe, base, keys)
+    use_fast_lora(base.model)
+    checkpoint_layers(base.model.layers, recipe.gradient_checkpointing)
     base.model.train()
-    return PlannedModel(base.model, TokenLoss(keys), text_config, tuple(notices))
+    return PlannedModel(base.model, TokenLoss(keys, is_packed), text_config, tuple(notices))
 
 
 def read_config(path: str) -> dict[str, Any]:

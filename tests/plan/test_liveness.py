@@ -2,7 +2,8 @@
 
 import mlx.core as mx
 
-from trainer.liveness import Graph, Operation, execution_order, lifetimes, trace
+from trainer.graph import Graph, Operation, trace
+from trainer.liveness import execution_order, lifetimes
 
 KIB = 1024
 

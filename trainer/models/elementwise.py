@@ -21,12 +21,12 @@ def sigmoid(x: mx.array) -> mx.array:
 
 def silu(x: mx.array) -> mx.array:
     """x * sigmoid(x), in x's dtype."""
-    return _silu(x)[0]
+    return _silu()(x)[0]
 
 
 def swiglu(gate: mx.array, x: mx.array) -> mx.array:
     """silu(gate) * x; keeps only the sigmoid, where automatic differentiation keeps the product as well."""
-    return _swiglu(gate, x)[0]
+    return _swiglu()(gate, x)[0]
 
 
 def precise_swiglu(like: mx.array, gate: mx.array, x: mx.array) -> mx.array:
@@ -66,21 +66,26 @@ def _swiglu_backward(gate: mx.array, x: mx.array, opened: mx.array, dy: mx.array
     return dy * x * _slope(gate, opened), dy * (gate * opened)
 
 
-@mx.custom_function
-def _silu(x: mx.array) -> tuple[mx.array, mx.array]:
-    return _silu_forward(x)
+# Made anew for each call, as all custom functions here: then who looks at graphs can put others in their place.
+def _silu() -> mx.custom_function:
+    @mx.custom_function
+    def run(x: mx.array) -> tuple[mx.array, mx.array]:
+        return _silu_forward(x)
+
+    @run.vjp
+    def run_vjp(x, cotangents, outputs):  # noqa: ANN001, ANN202
+        return _silu_backward(x, outputs[1], cotangents[0])
+
+    return run
 
 
-@_silu.vjp
-def _silu_vjp(x, cotangents, outputs):  # noqa: ANN001, ANN202
-    return _silu_backward(x, outputs[1], cotangents[0])
+def _swiglu() -> mx.custom_function:
+    @mx.custom_function
+    def run(gate: mx.array, x: mx.array) -> tuple[mx.array, mx.array]:
+        return _swiglu_forward(gate, x)
 
+    @run.vjp
+    def run_vjp(primals, cotangents, outputs):  # noqa: ANN001, ANN202
+        return _swiglu_backward(*primals, outputs[1], cotangents[0])
 
-@mx.custom_function
-def _swiglu(gate: mx.array, x: mx.array) -> tuple[mx.array, mx.array]:
-    return _swiglu_forward(gate, x)
-
-
-@_swiglu.vjp
-def _swiglu_vjp(primals, cotangents, outputs):  # noqa: ANN001, ANN202
-    return _swiglu_backward(*primals, outputs[1], cotangents[0])
+    return run

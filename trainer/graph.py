@@ -1,0 +1,315 @@
+"""The graph of a computation with the shapes of all arrays, without evaluating anything.
+
+MLX can tell the operations of a traced function, but not of functions with a hand-written gradient
+(`mx.custom_function`, and `mx.checkpoint`, which is one). While tracing, these are replaced by stand-ins:
+the forward pass as it is, the backward pass traced right away for a made-up cotangent, and markers from
+which the place of both in the whole graph is found afterwards.
+
+A marker is a Hadamard transform of a number whose scale is a unique code: no model uses one, it can be
+exported, and its gradient is again a Hadamard transform with that scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+from unittest import mock
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+
+# Between a marker and the array that it stands for.
+_MARKER_STEPS = ("Reduce", "Squeeze", "ExpandDims", "Broadcast", "AsType", "Reshape")
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation.
+
+    Attributes:
+        name: of MLX's primitive.
+        inputs, outputs: names of the arrays that it reads and makes.
+        shapes, num_bytes: of the arrays that it makes.
+        code: of a marker, else 0.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    num_bytes: tuple[int, ...]
+    code: int = 0
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A traced function.
+
+    Attributes:
+        operations: those that the results need, in no particular order.
+        inputs: names of the function's arguments.
+        outputs: names of its results.
+    """
+
+    operations: tuple[Operation, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+def trace(function: Callable[..., list[mx.array]], arguments: Sequence[mx.array]) -> Graph:
+    """The graph of `function(*arguments)`, whose arrays may be lazy: only shapes and dtypes are looked at.
+
+    Args:
+        function: from arrays to a list of arrays. Arrays that it takes from elsewhere must have values.
+        arguments: examples of its arguments.
+
+    Raises:
+        ValueError: the function uses an operation that MLX cannot export.
+    """
+    stand_ins = _StandIns()
+    num_results = 0
+
+    def with_backward_passes(*arrays: mx.array) -> list[mx.array]:
+        nonlocal num_results
+        with mock.patch.multiple(mx, custom_function=stand_ins.custom_function, checkpoint=stand_ins.checkpoint):
+            results = list(function(*arrays))
+        num_results = len(results)
+        return [*results, *stand_ins.gradients]
+
+    graph = _export(with_backward_passes, arguments)
+    # MLX names equal results once; the ones that were asked for come first.
+    results, gradients = graph.outputs[:num_results], graph.outputs[num_results:]
+    return _Splice(graph, stand_ins.calls, gradients).graph(results)
+
+
+def _export(function: Callable[..., list[mx.array]], arguments: Sequence[mx.array]) -> Graph:
+    parts: dict[str, Any] = {}
+    operations: list[Operation] = []
+
+    def receive(part: dict[str, Any]) -> None:
+        if part["type"] != "primitive":
+            parts[part["type"]] = part
+            return
+        outputs = part["outputs"]
+        operations.append(
+            Operation(
+                part["name"],
+                tuple(name for name, _, _ in part["inputs"]),
+                tuple(name for name, _, _ in outputs),
+                tuple(tuple(shape) for _, shape, _ in outputs),
+                tuple(prod(shape) * dtype.size for _, shape, dtype in outputs),
+                round(part["arguments"][0]) if part["name"] == "Hadamard" else 0,
+            )
+        )
+
+    mx.export_function(receive, function, *arguments)
+    inputs, outputs = (tuple(entry[0] for entry in parts[kind][kind]) for kind in ("inputs", "outputs"))
+    return Graph(tuple(operations), inputs, outputs)
+
+
+@dataclass
+class _Call:
+    """One call of a function with a hand-written gradient.
+
+    Attributes:
+        arguments: code of each differentiable argument's marker, its shape, and the position of its gradient
+            among all gradients (None: it has none).
+        results: code of each differentiable result's marker, code of its made-up cotangent, and its shape.
+    """
+
+    arguments: list[tuple[int, tuple[int, ...], int | None]]
+    results: list[tuple[int, int, tuple[int, ...]]]
+
+
+class _StandIns:
+    """Replacements of `mx.custom_function` and `mx.checkpoint`, and what they were called with."""
+
+    def __init__(self) -> None:
+        self.calls: list[_Call] = []
+        self.gradients: list[mx.array] = []
+        self.num_codes = 0
+
+    def custom_function(self, function: Callable) -> _CustomFunction:
+        """Stands in for `mx.custom_function`."""
+        return _CustomFunction(self, function)
+
+    def checkpoint(self, function: Callable) -> Callable:
+        """Stands in for `mx.checkpoint`: the backward pass computes the function again, once cotangents are there."""
+
+        def backward(primals: Any, cotangents: Any, outputs: Any) -> Any:
+            primals = primals if len(paths) > 1 else (primals,)
+            ready = mx.depends(list(primals), [c for _, c in tree_flatten(cotangents)])
+
+            def flat(*arrays: mx.array) -> list[mx.array]:
+                args = tree_unflatten(list(zip(paths, arrays, strict=True)))
+                return [array for _, array in tree_flatten(function(*args))]
+
+            return mx.vjp(flat, ready, [c for _, c in tree_flatten(cotangents)])[1]
+
+        paths: list[str] = []
+
+        def call(*args: Any) -> Any:
+            arrays = tree_flatten(list(args))
+            paths[:] = [path for path, _ in arrays]
+            run = _CustomFunction(self, lambda *flat: function(*tree_unflatten(list(zip(paths, flat, strict=True)))))
+            run.vjp(backward)
+            return run(*(array for _, array in arrays))
+
+        return call
+
+    def marked(self, number: mx.array) -> tuple[mx.array, int]:
+        """A float32 number that went through a marker, and the marker's code."""
+        self.num_codes += 1
+        pair = mx.broadcast_to(number, (2,))
+        return mx.hadamard_transform(pair, scale=float(self.num_codes)).sum(), self.num_codes
+
+
+class _CustomFunction:
+    """Stands in for one `mx.custom_function`; used like it."""
+
+    def __init__(self, stand_ins: _StandIns, function: Callable) -> None:
+        self.stand_ins = stand_ins
+        self.function = function
+        self.backward: Callable | None = None
+
+    def vjp(self, backward: Callable) -> _CustomFunction:
+        self.backward = backward
+        return self
+
+    def __call__(self, *args: mx.array) -> Any:
+        assert self.backward is not None, "a custom function without a gradient cannot be traced"
+        outputs = self.function(*(mx.stop_gradient(arg) for arg in args))
+        flat = [mx.stop_gradient(array) for _, array in tree_flatten(outputs)]
+        paths = [path for path, _ in tree_flatten(outputs)]
+        made_up, cotangent_codes = zip(*(self._cotangent(array) for array in flat), strict=True)
+
+        def like_outputs(arrays: Iterable[mx.array]) -> Any:
+            arrays = list(arrays)
+            return arrays[0] if isinstance(outputs, mx.array) else tree_unflatten(list(zip(paths, arrays, strict=True)))
+
+        primals = tuple(mx.stop_gradient(arg) for arg in args)
+        gradients = self.backward(primals[0] if len(args) == 1 else primals, like_outputs(made_up), like_outputs(flat))
+        gradients = [gradients] if isinstance(gradients, mx.array) else list(gradients)
+        call, number = _Call([], []), mx.array(0.0)
+        for arg, gradient in zip(args, gradients, strict=False):
+            if _is_float(arg) and arg.ndim:
+                marked, code = self.stand_ins.marked(arg.sum().astype(mx.float32))
+                number = number + marked
+                call.arguments.append((code, tuple(arg.shape), self._keep(gradient)))
+        results = []
+        for array, cotangent_code in zip(flat, cotangent_codes, strict=True):
+            if _is_float(array):
+                marked, code = self.stand_ins.marked(number)
+                call.results.append((code, cotangent_code, tuple(array.shape)))
+                array = array + marked.astype(array.dtype)
+            results.append(array)
+        self.stand_ins.calls.append(call)
+        return like_outputs(results)
+
+    def _cotangent(self, array: mx.array) -> tuple[mx.array, int]:
+        """A made-up cotangent that needs no memory; a stop_gradient marks where it is ready."""
+        marked, code = self.stand_ins.marked(mx.array(0.0))
+        return mx.stop_gradient(mx.broadcast_to(marked.astype(array.dtype), array.shape)), code
+
+    def _keep(self, gradient: mx.array | None) -> int | None:
+        if gradient is None:
+            return None
+        self.stand_ins.gradients.append(mx.stop_gradient(gradient))
+        return len(self.stand_ins.gradients) - 1
+
+
+class _Splice:
+    """Puts the backward passes of the calls where the markers say."""
+
+    def __init__(self, graph: Graph, calls: list[_Call], gradients: Sequence[str]) -> None:
+        self.operations = list(graph.operations)
+        self.inputs = graph.inputs
+        self.gradients = gradients
+        self.readers: dict[str, list[int]] = {}
+        self.maker: dict[str, int] = {}
+        self.markers: dict[int, list[int]] = {}
+        for index, operation in enumerate(self.operations):
+            for name in operation.inputs:
+                self.readers.setdefault(name, []).append(index)
+            self.maker |= dict.fromkeys(operation.outputs, index)
+            if operation.code:
+                self.markers.setdefault(operation.code, []).append(index)
+        self.renamed: dict[str, str] = {}
+        for call in calls:
+            self._splice(call)
+
+    def graph(self, outputs: Sequence[str]) -> Graph:
+        """The whole graph, reduced to what the results need."""
+        outputs = tuple(self._final(name) for name in outputs)
+        needed, pending = set(), list(outputs)
+        while pending:
+            index = self.maker.get(pending.pop())
+            if index is None or index in needed:
+                continue
+            needed.add(index)
+            operation = self.operations[index]
+            inputs = tuple(self._final(name) for name in operation.inputs)
+            self.operations[index] = replace(operation, inputs=inputs)
+            pending.extend(inputs)
+        return Graph(tuple(self.operations[i] for i in sorted(needed)), self.inputs, outputs)
+
+    def _splice(self, call: _Call) -> None:
+        for code, cotangent_code, shape in call.results:
+            forward, *backward = self.markers.get(code, [None])[:2]
+            if forward is None:
+                continue
+            added, marker = self._follow(forward, "Add", shape) or (None, "")
+            if added is None:
+                continue
+            value = next(name for name in self.operations[added].inputs if name != marker)
+            # The result is the function's own array; the marker was only added to tell its gradient.
+            self.operations[added] = replace(self.operations[added], name="CustomTransforms", inputs=(value,))
+            made_up = self._spread(self.markers.get(cotangent_code, [None])[0], shape)
+            if backward and made_up:
+                self.renamed[made_up] = self._cotangent_of(backward[0], shape)
+        for code, shape, gradient in call.arguments:
+            _, *backward = self.markers.get(code, [None])[:2]
+            spread = self._spread(backward[0], shape) if backward else None
+            if spread and gradient is not None:
+                self.renamed[spread] = self.gradients[gradient]
+
+    def _spread(self, marker: int | None, shape: tuple[int, ...]) -> str | None:
+        """The array of that shape over which a marker's number is spread, if anything reads it."""
+        found = None if marker is None else self._follow(marker, "Broadcast" if shape else "Squeeze", shape)
+        return found and self.operations[found[0]].outputs[0]
+
+    def _follow(self, index: int, name: str, shape: tuple[int, ...]) -> tuple[int, str] | None:
+        """The first operation of that name and shape after a marker, and the array that led there."""
+        while True:
+            array = self.operations[index].outputs[0]
+            if array not in self.readers:
+                return None
+            # All that belongs to a marker has one reader.
+            index = self.readers[array][0]
+            operation = self.operations[index]
+            if operation.name == name and operation.shapes[0] == shape:
+                return index, array
+            if operation.name not in _MARKER_STEPS:
+                return None
+
+    def _cotangent_of(self, index: int, shape: tuple[int, ...]) -> str:
+        """Back from a marker's gradient to the array of the result's shape that it was summed from."""
+        name = self.operations[index].inputs[0]
+        while name in self.maker:
+            maker = self.operations[self.maker[name]]
+            if maker.shapes[maker.outputs.index(name)] == shape:
+                return name
+            name = maker.inputs[0]
+        return name
+
+    def _final(self, name: str) -> str:
+        while name in self.renamed:
+            name = self.renamed[name]
+        return name
+
+
+def _is_float(array: mx.array) -> bool:
+    return mx.issubdtype(array.dtype, mx.floating)
