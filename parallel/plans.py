@@ -163,9 +163,11 @@ _QWEN3_5 = ModelPlan((attention("num_attention_heads", "num_key_value_heads"), G
 
 # model_type, as the model's config and `model.model_type` have it
 PLANS: dict[str, ModelPlan] = {
+    "granite": _LLAMA,
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
+    "qwen2_moe": _LLAMA,
     "qwen3": _LLAMA,
     "qwen3_moe": _LLAMA,
     "qwen3_5": _QWEN3_5,
@@ -174,4 +176,5 @@ PLANS: dict[str, ModelPlan] = {
     "gemma3": _LLAMA,
     "gemma3_text": _LLAMA,
     "phi3": ModelPlan((FUSED_ATTENTION, FUSED_MLP)),
+    "smollm3": _LLAMA,
 }

@@ -14,7 +14,8 @@ from parallel import clip_grad_norm, cross_entropy, hidden_and_head, value_and_g
 NUM_STEPS = 20
 ROWS, TOKENS = 2, 13
 MAIN_CASES = [f"{a}:{m}" for a in ("llama", "qwen3", "qwen3_moe", "qwen3_5") for m in METHODS]
-LORA_CASES = [f"{a}:lora" for a in ("mistral", "qwen2", "qwen3_5_moe", "gemma3", "phi3")]
+OTHERS = ("mistral", "qwen2", "qwen2_moe", "qwen3_5_moe", "gemma3", "granite", "phi3", "smollm3")
+LORA_CASES = [f"{a}:lora" for a in OTHERS]
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,11 @@ class Case:
     def method(self) -> str:
         """One of `tensor_models.METHODS`."""
         return self.name.split(":")[1]
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps compared: 20 for the main cases."""
+        return NUM_STEPS if self.name in MAIN_CASES else 4
 
     def model(self) -> nn.Module:
         """The whole model, equal in every process."""

@@ -42,6 +42,14 @@ LINEAR_ATTENTION = {
     "linear_value_head_dim": 32,
     "linear_conv_kernel_dim": 4,
 }
+GRANITE = {
+    "logits_scaling": 4.0,
+    "attention_multiplier": 0.2,
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.5,
+    "attention_bias": True,
+    "mlp_bias": True,
+}
 # architecture -> mlx-lm module, changes to BASE
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"tie_word_embeddings": True, "mlp_bias": True, "attention_bias": True}),
@@ -52,7 +60,10 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_5": ("qwen3_5", LINEAR_ATTENTION),
     "qwen3_5_moe": ("qwen3_5_moe", LINEAR_ATTENTION | EXPERTS),
     "gemma3": ("gemma3", {"sliding_window": 16, "sliding_window_pattern": 2, "query_pre_attn_scalar": 16}),
+    "granite": ("granite", GRANITE),
     "phi3": ("phi3", {}),
+    "qwen2_moe": ("qwen2_moe", EXPERTS),
+    "smollm3": ("smollm3", {"no_rope_layer_interval": 2}),
 }
 NESTED = ("qwen3_5", "qwen3_5_moe", "gemma3")
 METHODS = ("full", "lora", "dora", "qlora")

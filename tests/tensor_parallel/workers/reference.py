@@ -11,7 +11,7 @@ folder = Path(sys.argv[1])
 for name in sys.argv[2:]:
     case = Case(name)
     loss, grads = first_gradients(case.model())
-    losses, norms = train(case.model())
+    losses, norms = train(case.model(), case.num_steps)
     stem = name.replace(":", "-")
     mx.save_safetensors(str(folder / f"{stem}.safetensors"), grads)
     (folder / f"{stem}.json").write_text(json.dumps({"loss": loss.item(), "losses": losses, "norms": norms}))
