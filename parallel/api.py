@@ -54,15 +54,26 @@ def value_and_grad(model: nn.Module, loss_fn: LossFn) -> Step:
 
 def _accumulate(model: nn.Module, loss_fn: LossFn) -> Callable:
     """Forward and backward of each micro-batch in turn; returns sums (loss, num_tokens, grads)."""
-    loss_and_grad = nn.value_and_grad(model, loss_fn)
+    phases = parallel_state(model).phases
+
+    def forward(model: nn.Module, batch: Batch) -> tuple[mx.array, mx.array]:
+        result = loss_fn(model, batch)
+        phases.trace.in_backward = True
+        return result
+
+    loss_and_grad = nn.value_and_grad(model, forward)
 
     def run(micro_batches: Sequence[Batch]) -> tuple[mx.array, mx.array, Any]:
         total = None
         for batch in micro_batches:
-            (loss, num_tokens), grads = loss_and_grad(model, batch)
+            with phases.recording() as trace:
+                (loss, num_tokens), grads = loss_and_grad(model, batch)
+            if trace.calls:
+                phases.evaluate_forward(trace, (loss, num_tokens))
+                phases.evaluate_backward(trace, grads)
             current = [loss, num_tokens, grads]
             if len(micro_batches) > 1:
-                current = _add(total, current) if total else tree_map(_widen, current)
+                current = add_sums(total, current)
                 # Names for the summands would keep their buffers beside that of the sum.
                 total = grads = None
                 mx.eval(current)
@@ -73,12 +84,15 @@ def _accumulate(model: nn.Module, loss_fn: LossFn) -> Callable:
     return run
 
 
+def add_sums(total: Any, current: Any) -> Any:
+    """A tree of sums over micro-batches, in float32, with one more added; `total` is None for the first."""
+    if total is None:
+        return tree_map(_widen, current)
+    return tree_map(lambda a, b: a + b.astype(a.dtype), total, current)
+
+
 def _widen(x: mx.array) -> mx.array:
     return x.astype(mx.float32) if mx.issubdtype(x.dtype, mx.floating) else x
-
-
-def _add(total: list, current: list) -> list:
-    return tree_map(lambda a, b: a + b.astype(a.dtype), total, current)
 
 
 def evaluate(model: nn.Module, loss_fn: LossFn) -> Callable[[Iterable[Batch]], tuple[float, int]]:
@@ -98,7 +112,9 @@ def evaluate(model: nn.Module, loss_fn: LossFn) -> Callable[[Iterable[Batch]], t
     def run(batches: Iterable[Batch]) -> tuple[float, int]:
         loss, num_tokens = mx.array(0.0), mx.array(0)
         for batch in batches:
-            batch_loss, batch_tokens = forward(model, batch)
+            with state.phases.recording() as trace:
+                batch_loss, batch_tokens = forward(model, batch)
+            state.phases.evaluate_forward(trace, (batch_loss, batch_tokens))
             loss, num_tokens = loss + batch_loss, num_tokens + batch_tokens
             mx.eval(loss, num_tokens)
         for group in state.loss_groups:

@@ -23,15 +23,17 @@ def global_norm(grads: Any, model: nn.Module) -> mx.array:
         model: the (wrapped) model; its parameter layout says what is split over which groups.
     """
     layout = model_layout(model)
-    stages = parallel_state(model).groups.get("pp")
+    state = parallel_state(model)
     partial: dict[tuple[str, ...], mx.array] = {}
-    groups: dict[str, comm.Group] = {"pp": stages} if stages else {}
+    groups: dict[str, comm.Group] = {}
     for name, grad in tree_flatten(grads):
+        if name in state.repeated:
+            continue
         split = layout.get(name)
         square = grad.astype(mx.float32).square().sum() if split is None else split.squared_sum(grad)
         if split is not None:
             groups |= split.groups
-        axes = tuple(sorted({*(split.groups if split else ()), *(("pp",) if stages else ())}))
+        axes = tuple(sorted(split.groups)) if split else ()
         partial[axes] = partial[axes] + square if axes in partial else square
     total = mx.array(0.0, dtype=mx.float32)
     # Sorted, so that every rank issues the same collectives in the same order.
@@ -39,6 +41,9 @@ def global_norm(grads: Any, model: nn.Module) -> mx.array:
         for axis in axes:
             partial[axes] = groups[axis].all_sum(partial[axes])
         total = total + partial[axes]
+    # Stages may differ in what is split, so each adds up its own first.
+    if "pp" in state.groups:
+        total = state.groups["pp"].all_sum(total)
     return mx.sqrt(total)
 
 

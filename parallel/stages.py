@@ -15,55 +15,10 @@ from mlx.utils import tree_flatten
 
 import comm
 from parallel.heads import output_head, text_model
+from parallel.stage import LeftStage, Passage
 
 # Text models whose stages are proven equal to the whole model.
 STAGED = ("gemma3", "llama", "mistral", "phi3", "qwen2", "qwen3", "qwen3_5", "qwen3_5_moe", "qwen3_moe")
-
-
-class LeftStage(Exception):
-    """Carries the hidden states out of a stage that is not the last; what comes after the model is not run."""
-
-    def __init__(self, hidden: mx.array):
-        super().__init__("hidden states of a stage")
-        self.hidden = hidden
-
-
-class SeenInputs(Exception):
-    """Carries the shape of the tokens that a loss function gives to the model."""
-
-    def __init__(self, shape: tuple[int, ...]):
-        super().__init__("shape of the tokens")
-        self.shape = shape
-
-
-class Passage:
-    """What goes into a stage's layers in one forward pass; the stage's modules read it.
-
-    Attributes:
-        is_first, is_last: which ends of the model this stage has.
-        incoming: `(B, L, D)` from the stage before; None on the first.
-        state: "closed" | "looking" (report the tokens' shape) | "open" (one forward pass) | "used".
-    """
-
-    def __init__(self, is_first: bool, is_last: bool):
-        self.is_first = is_first
-        self.is_last = is_last
-        self.incoming: mx.array | None = None
-        self.state = "closed"
-
-    def enter(self, tokens: mx.array) -> None:
-        """Called by the decoder stack with its tokens.
-
-        Raises:
-            ValueError: the model is run outside of a pipeline step, or twice in one loss.
-        """
-        if self.state == "looking":
-            raise SeenInputs(tokens.shape)
-        if self.state == "closed":
-            raise ValueError("hidden_and_head on a pipeline works inside a loss_fn of parallel.value_and_grad only.")
-        if self.state == "used":
-            raise ValueError("Under PipelineParallel a loss_fn may call the model once.")
-        self.state = "used"
 
 
 class StageCore(nn.Module):

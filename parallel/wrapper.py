@@ -13,6 +13,7 @@ from typing import Any
 import mlx.nn as nn
 
 import comm
+from parallel.phases import Phases
 
 
 @dataclass
@@ -26,6 +27,8 @@ class ParallelState:
         runner: `runner(loss_fn) -> run(micro_batches) -> (loss_sum, num_tokens, grads)` in place of the plain
             forward and backward of the micro-batches (pipeline), or None.
         forward: `forward(loss_fn, model, batch) -> (loss_sum, num_tokens)` in place of `loss_fn`, or None.
+        phases: evaluates a traced pass in steps.
+        repeated: names of parameters that another pipeline stage has too, and counts (tied embeddings).
     """
 
     groups: dict[str, comm.Group] = field(default_factory=dict)
@@ -33,6 +36,8 @@ class ParallelState:
     loss_groups: list[comm.Group] = field(default_factory=list)
     runner: Callable | None = None
     forward: Callable | None = None
+    phases: Phases = field(default_factory=Phases)
+    repeated: frozenset[str] = frozenset()
 
 
 class Wrapper:
