@@ -21,6 +21,7 @@ from comm.group import Group
 from comm.subgroups import SubGroups
 from comm.watchdog import start_watchdog, timeout_seconds
 
+CONNECT_SECONDS = 60.0  # at least; a busy machine takes seconds to start its ranks
 _ORDER = ("nccl", "jaccl-ring", "jaccl", "ring", "mpi")  # the most particular environment first
 
 
@@ -72,21 +73,24 @@ def _world(backend: str) -> Group:
     limit = CAPABILITIES[backend].max_ranks
     if size and limit and size > limit:
         raise ValueError(f"{backend} reaches at most {limit} ranks, but {size} were launched.")
-    name = "jaccl" if backend == "jaccl-ring" else backend
-    # Until the watchdog runs: MLX waits without end, and holding the GIL, for a rank that never
-    # starts, so only a timer outside of Python can end this.
-    if timeout := timeout_seconds(os.environ):
-        faulthandler.dump_traceback_later(timeout, exit=True)
-    with environment(**_mpi_library(backend)):
-        if not mx.distributed.is_available(name):
-            raise ValueError(f"This build of MLX has no {backend} backend.")
-        native = mx.distributed.init(strict=True, backend=name)
-    world = Group(native, backend)
+    world = Group(_connect_all_ranks(backend), backend)
     if not CAPABILITIES[backend].split:
         world.splitter = SubGroups(world)
     world.watchdog = start_watchdog(world)
     faulthandler.cancel_dump_traceback_later()
     return world
+
+
+def _connect_all_ranks(backend: str) -> mx.distributed.Group:
+    """MLX's world. It waits without end, and holding the GIL, for a rank that never starts, so
+    until the watchdog runs only a timer outside of Python can end this."""
+    if timeout := timeout_seconds(os.environ):
+        faulthandler.dump_traceback_later(max(timeout, CONNECT_SECONDS), exit=True)
+    name = "jaccl" if backend == "jaccl-ring" else backend
+    with environment(**_mpi_library(backend)):
+        if not mx.distributed.is_available(name):
+            raise ValueError(f"This build of MLX has no {backend} backend.")
+        return mx.distributed.init(strict=True, backend=name)
 
 
 def _launched_size(backend: str, environ: Mapping[str, str]) -> int | None:

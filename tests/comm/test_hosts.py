@@ -1,0 +1,147 @@
+"""Hostfiles, the doctor's judgement and the environment of a backend, without processes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import comm
+from comm.doctor import judge
+from comm.environment import missing_variables, ring_hosts
+from comm.hostfile import Host, HostList, read_hostfile
+from comm.probe import mac_addresses, mac_ports, probe, rdma_devices
+
+
+def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
+    """Catches a hostfile that must be corrected one mistake at a time."""
+    hosts = [
+        {"ssh": "a", "ips": ["fe80::1"], "rdma": ["x", "rdma_en2", "rdma_en3"]},
+        {"ssh": "b", "ips": [], "rdma": [None, None, None]},
+        {"ssh": "a", "ips": ["10.0.0.3"], "rdma": ["rdma_en2", None, None]},
+    ]
+    path = tmp_path / "hosts.json"
+    path.write_text(json.dumps({"backend": "jaccl", "hosts": hosts}))
+    with pytest.raises(ValueError) as error:
+        read_hostfile(str(path))
+    text = str(error.value)
+    for words in (
+        "a is named 2 times",
+        "'fe80::1' is no IPv4 address",
+        "rank 0's rdma entry for itself is 'x'",
+        "rank 1 has no rdma device for rank 0",
+        "ranks 1 and 2 have no rdma devices for each other",
+    ):
+        assert words in text, f"{words!r} is missing in:\n{text}"
+    assert len(text.splitlines()) == 5, text
+
+
+def test_both_forms_of_a_hostfile(tmp_path: Path) -> None:
+    """Catches one of MLX's two hostfile forms being refused."""
+    rows = [{"ssh": "a", "ips": ["10.0.0.1"]}, {"ssh": "b", "ips": ["10.0.0.2"]}]
+    plain, full = tmp_path / "plain.json", tmp_path / "full.json"
+    plain.write_text(json.dumps(rows))
+    full.write_text(json.dumps({"backend": "ring", "envs": ["A=1=2"], "hosts": rows}))
+    assert read_hostfile(str(plain)).hosts == read_hostfile(str(full)).hosts
+    assert read_hostfile(str(full)).variables == (("A", "1=2"),)
+
+
+@pytest.mark.parametrize("content", ["{", '{"hosts": 3}', "[]", '[{"ips": []}]'])
+def test_a_file_that_is_no_hostfile(tmp_path: Path, content: str) -> None:
+    """Catches a stack trace where the user needs a sentence."""
+    path = tmp_path / "hosts.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="hosts.json"):
+        read_hostfile(str(path))
+
+
+def mac(**changes: Any) -> dict[str, Any]:
+    return {
+        "host": "mac", "system": "Darwin", "python": "3.12.1",
+        "packages": {"mlx": "0.32.4", "mlx-lm": "0.32.2", "mlx-trainer": "0.1.0"},
+        "interfaces": {
+            "en0": {"ips": ["192.168.1.5"], "kind": "Wi-Fi"},
+            "en1": {"ips": ["192.168.2.5"], "kind": "Ethernet"},
+            "en3": {"ips": ["10.0.0.1"], "kind": "Thunderbolt 2"},
+        },
+        "rdma": {"rdma_en3": "PORT_ACTIVE", "rdma_en4": "PORT_DOWN"},
+        "bridge": False, "fast_synch": False, "unusable_ips": [],
+        **changes,
+    }  # fmt: skip
+
+
+def judged(host: Host, report: dict[str, Any] | str, level: str) -> str:
+    findings = judge(HostList((host,)), {host.ssh: report})
+    return "\n".join(finding.text for finding in findings if finding.level == level)
+
+
+def test_the_doctor_names_what_is_wrong() -> None:
+    """Catches a check that does not fire, or that fires on a healthy host."""
+    good = Host("a", ("10.0.0.1",), (None, "rdma_en3"))
+    assert judged(good, mac(), "fail") == judged(good, mac(), "warn") == ""
+    assert "Wi-Fi" in judged(Host("a", ("192.168.1.5",)), mac(), "warn")
+    assert "though it has Thunderbolt" in judged(Host("a", ("192.168.2.5",)), mac(), "warn")
+    assert "no address 10.1.1.1" in judged(Host("a", ("10.1.1.1",)), mac(), "fail")
+    assert "no RDMA device rdma_en9" in judged(Host("a", (), (None, "rdma_en9")), mac(), "fail")
+    assert "PORT_DOWN" in judged(Host("a", (), (None, "rdma_en4")), mac(), "fail")
+    assert "bridge is on" in judged(good, mac(bridge=True), "fail")
+    assert "bridge is on" in judged(Host("a"), mac(bridge=True), "warn")
+    assert "FAST_SYNCH" in judged(good, mac(fast_synch=True), "warn")
+    assert "cannot open a port" in judged(good, mac(unusable_ips=["10.0.0.1"]), "fail")
+    assert "does not answer" in judged(good, "Connection refused", "fail")
+
+
+def test_the_doctor_compares_versions() -> None:
+    """Catches hosts with different MLX or Python, whose results differ or hang."""
+    hosts = HostList((Host("a"), Host("b")))
+    findings = judge(hosts, {"a": mac(), "b": mac(python="3.11.0")})
+    failed = [finding.text for finding in findings if finding.level == "fail"]
+    assert failed == [
+        "python differs: a has 3.12.1, b has 3.11.0. Install the same version everywhere."
+    ]
+
+
+def test_output_of_mac_tools_is_read() -> None:
+    """Catches a parser that finds nothing, so that every check would pass."""
+    ports = "\nHardware Port: Wi-Fi\nDevice: en0\nEthernet Address: x\n\nHardware Port: Thunderbolt 1\nDevice: en2\n"
+    assert mac_ports(ports) == {"en0": "Wi-Fi", "en2": "Thunderbolt 1"}
+    text = "en0: flags=8863<UP>\n\tinet6 fe80::1\n\tinet 10.0.0.7 netmask 0xff\nen2: flags=1\n"
+    assert mac_addresses(text) == {"en0": ["10.0.0.7"]}
+    info = "hca_id:\trdma_en2\n\tport:\t1\n\t\tstate:\t\tPORT_ACTIVE (4)\nhca_id:\trdma_en3\n\t\tstate: PORT_DOWN (1)\n"
+    assert rdma_devices(info) == {"rdma_en2": "PORT_ACTIVE", "rdma_en3": "PORT_DOWN"}
+
+
+def test_probing_this_machine() -> None:
+    """Catches a probe that fails on the system it runs on."""
+    found = probe({"MLX_METAL_FAST_SYNCH": "1"}, ["127.0.0.1", "203.0.113.7"])
+    assert found["fast_synch"] and found["unusable_ips"] == ["203.0.113.7"]
+    assert found["packages"]["mlx"], found
+
+
+def test_missing_variables_are_named() -> None:
+    """Catches an error that does not say what to set."""
+    assert missing_variables("ring", {"MLX_RANK": "0"}) == ["MLX_HOSTFILE"]
+    assert missing_variables("jaccl", {"MLX_RANK": "0"})[0] == "JACCL_IBV_DEVICES or MLX_IBV_DEVICES"
+    with pytest.raises(ValueError, match="MLX_WORLD_SIZE, NCCL_HOST_IP, NCCL_PORT"):
+        comm.init("nccl")
+    with pytest.raises(ValueError, match="allowed are any, ring"):
+        comm.init("tcp")
+
+
+@pytest.mark.parametrize(
+    ("content", "rank", "words"),
+    [("[[", "0", "is not JSON"), ('["a"]', "0", "list of lists"), ('[["a:1"]]', "3", "names 1 ranks")],
+)
+def test_a_damaged_ring_hostfile(tmp_path: Path, content: str, rank: str, words: str) -> None:
+    """Catches MLX's own unclear error, or a rank that waits for ever."""
+    path = tmp_path / "hosts"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=words):
+        ring_hosts({"MLX_HOSTFILE": str(path), "MLX_RANK": rank})
+
+
+def test_an_empty_ring_hostfile_means_one_rank(tmp_path: Path) -> None:
+    """Catches `mlx.launch -n 1`, whose empty file MLX itself refuses."""
+    path = tmp_path / "hosts"
+    path.write_text("")
+    assert ring_hosts({"MLX_HOSTFILE": str(path), "MLX_RANK": "0"}) == []

@@ -1,0 +1,179 @@
+"""The launcher with real processes: exit codes, prefixes, signals, orphans, restarts, settings."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+WORKERS = Path(__file__).parent / "workers"
+ROOT = Path(__file__).parents[2]
+JOB = (sys.executable, str(WORKERS / "job.py"))
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def launch(*arguments: str, timeout: float = 60) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "comm", "launch", *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout
+    )
+
+
+def start_sleepers(folder: Path, num_ranks: int) -> tuple[subprocess.Popen, list[int]]:
+    command = [sys.executable, "-m", "comm", "launch", "-n", str(num_ranks), "--", *JOB, "sleep"]
+    launcher = subprocess.Popen([*command, str(folder)], cwd=ROOT, env=environment())
+    wait_for(lambda: len(list(folder.glob("*.pid"))) == num_ranks, "the ranks to start")
+    return launcher, [int(path.stem) for path in folder.glob("*.pid")]
+
+
+def wait_for(condition: Callable[[], bool], what: str, seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+        time.sleep(0.05)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    state = Path(f"/proc/{pid}/stat")
+    return not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+@pytest.mark.parametrize("backend", ["ring", "mpi"])
+def test_ranks_join_and_lines_carry_their_rank(backend: str) -> None:
+    """Catches ranks that do not find each other, and output that cannot be told apart."""
+    done = launch("-n", "2", "--backend", backend, "--", *JOB, "sum")
+    assert done.returncode == 0, done.stderr
+    lines = sorted(line for line in done.stdout.splitlines() if "rank" in line)
+    assert lines == [f"[{r}] rank {r} of 2 on {backend}: 2.0" for r in range(2)], done.stdout
+
+
+def test_the_first_failing_ranks_exit_code_is_returned() -> None:
+    """Catches a failed job that looks like success to a script."""
+    done = launch("-n", "2", "--", *JOB, "fail", "7")
+    assert done.returncode == 7, done.stderr
+    assert "rank 1 (127.0.0.1) ended with 7" in done.stderr
+
+
+def test_a_failed_job_is_restarted(tmp_path: Path) -> None:
+    """Catches --max-restarts that gives up early or restarts only one rank."""
+    done = launch("-n", "2", "--max-restarts", "2", "--", *JOB, "once", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "restart 1 of 2" in done.stderr and "rank 1 of 2" in done.stdout
+
+
+def test_what_the_user_wrote_wrong_is_not_tried_again() -> None:
+    """Catches endless restarts of a job whose recipe is refused (exit code 2)."""
+    done = launch("-n", "2", "--max-restarts", "3", "--", *JOB, "fail", "2")
+    assert done.returncode == 2 and "restart" not in done.stderr, done.stderr
+
+
+def test_signals_reach_the_ranks(tmp_path: Path) -> None:
+    """Catches ranks that cannot save before they end, and an exit code that hides it."""
+    launcher, pids = start_sleepers(tmp_path, 2)
+    launcher.send_signal(signal.SIGTERM)
+    assert launcher.wait(timeout=20) == 143
+    assert not any(is_alive(pid) for pid in pids)
+
+
+def test_a_killed_launcher_leaves_no_orphan(tmp_path: Path) -> None:
+    """Catches ranks that live on, with the GPU's memory, after kill -9 of the launcher."""
+    launcher, pids = start_sleepers(tmp_path, 2)
+    launcher.kill()
+    launcher.wait()
+    wait_for(lambda: not any(is_alive(pid) for pid in pids), "the ranks to end")
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+def test_the_launcher_does_not_spin(tmp_path: Path) -> None:
+    """Catches a busy loop: launcher and agents together use under 2 % of a core."""
+    launcher, _ = start_sleepers(tmp_path, 4)
+    try:
+        before, start = cpu_seconds(launcher.pid), time.monotonic()
+        time.sleep(2)
+        share = (cpu_seconds(launcher.pid) - before) / (time.monotonic() - start)
+    finally:
+        launcher.terminate()
+        launcher.wait(timeout=20)
+    assert share < 0.02, f"{share:.1%} of a core"
+
+
+def cpu_seconds(launcher: int) -> float:
+    ticks = 0
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    for pid in (launcher, *map(int, children)):
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def test_jaccl_hostfile_over_ssh(tmp_path: Path) -> None:
+    """Catches MLX's JACCL hostfiles, without ips above rank 0, failing; and a leaked secret."""
+    hostfile = tmp_path / "hosts.json"
+    hosts = [
+        {"ssh": "mac-a", "ips": ["127.0.0.1"], "rdma": [None, "rdma_en2"]},
+        {"ssh": "mac-b", "ips": [], "rdma": ["rdma_en3", None]},
+    ]
+    hostfile.write_text(json.dumps({"backend": "jaccl", "envs": ["T_X=a b"], "hosts": hosts}))
+    log = tmp_path / "log"
+    ssh = tmp_path / "ssh"
+    ssh.write_text(f'#!/bin/sh\necho "$@" >>{log}\nexec {WORKERS / "fake_ssh.sh"} "$@"\n')
+    ssh.chmod(0o755)
+    options = ("--hostfile", str(hostfile), "--ssh", str(ssh), "--python", sys.executable)
+    done = launch(*options, "--timeout", "77", "--", *JOB, "environment")
+    assert done.returncode == 0, done.stderr
+    got = {}
+    for line in done.stdout.splitlines():
+        prefix, _, text = line.partition(" RESULT ")
+        got[prefix] = json.loads(text)
+    first, second = got["[0]"], got["[1]"]
+    assert first["MLX_RANK"] == "0" and second["MLX_RANK"] == "1"
+    assert first["COMM_BACKEND"] == "jaccl" and first["COMM_TIMEOUT"] == "77"
+    assert first["MLX_IBV_DEVICES"] == [[None, "rdma_en2"], ["rdma_en3", None]]
+    assert first["MLX_JACCL_COORDINATOR"].startswith("127.0.0.1:")
+    assert [len(row) for row in second["MLX_HOSTFILE"]] == [1, 1], "ring for control"
+    assert json.loads(second["COMM_ADDRESSES"]) == ["127.0.0.1", "127.0.0.1"]
+    assert second["T_X"] == "a b"
+    assert len(first["COMM_SECRET"]) == 64 and first["COMM_SECRET"] == second["COMM_SECRET"]
+    assert first["COMM_SECRET"] not in log.read_text() + done.stderr
+
+
+def test_a_host_that_cannot_be_reached_is_named() -> None:
+    """Catches a launcher that waits for ever, or shows only a stack trace."""
+    done = launch("--hosts", "127.0.0.1,nowhere", "--ssh", "/bin/false", "--", *JOB, "sum")
+    assert done.returncode == 1 and "rank 1 cannot be started on nowhere" in done.stderr
+
+
+def test_a_program_that_does_not_exist_is_named() -> None:
+    """Catches an unclear error for a misspelt command."""
+    done = launch("-n", "2", "--", "/no/such/program")
+    assert done.returncode == 127 and "/no/such/program cannot be started" in done.stderr
+
+
+def test_mlx_launch_and_no_launcher() -> None:
+    """Catches `comm.init` failing under mlx.launch (whose -n 1 hostfile is empty) or alone."""
+    program = str(Path(sys.executable).parent / "mlx.launch")
+    starts = {
+        f"rank 0 of {n} on ring: {n}.0": [program, "-n", str(n), *JOB, "sum"] for n in (1, 2)
+    }
+    starts["rank 0 of 1 on none: 1.0"] = [*JOB, "sum"]
+    running = {
+        words: subprocess.Popen(
+            command, cwd=ROOT, env=environment(), text=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for words, command in starts.items()
+    }  # fmt: skip
+    for words, process in running.items():
+        assert words in process.communicate(timeout=60)[0]

@@ -1,0 +1,154 @@
+"""Ranks that die, stop, leave, fail or come late: the job ends on every rank, and says why."""
+
+import os
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from comm.heartbeat import Channel, Malformed
+from comm.watchdog import timeout_seconds
+from ranks import RankResult, run_ranks
+
+WORKER = Path(__file__).parent / "workers" / "failing.py"
+TIMEOUT_SECONDS = 3
+CASES = {  # what happens, to which rank, on what, and the words that every survivor must print
+    "killed": ("kill", 1, "ring", "rank 1 ({host}) died"),
+    "stopped": ("stop", 1, "ring", "rank 1 ({host})"),
+    "left early": ("exit", 1, "ring", "rank 1 ({host}) ended early"),
+    "failed": ("raise", 1, "ring", "rank 1 ({host}) died"),
+    "late": ("late", 1, "ring", "waited {timeout} s for rank 1 ({host})"),
+    "rank 0 killed": ("kill", 0, "ring", "rank 0 ({host}) died"),
+    "rank 0 stopped": ("stop", 0, "ring", "rank 0 ({host}) has not answered"),
+    "rank 0 left early": ("exit", 0, "ring", "rank 0 ({host})"),
+    "killed on a backend that hangs": ("kill", 1, "fake", "rank 1 ({host}) died"),
+    "left early on MPI": ("exit", 1, "mpi", "rank 1 ({host})"),
+}
+
+
+def run(name: str) -> list[RankResult]:
+    kind, victim, carrier, _ = CASES[name]
+    return run_ranks(
+        WORKER, 3, backend="mpi" if carrier == "mpi" else "ring",
+        args=(kind, str(victim), carrier), timeout=60, check=False,
+        left_behind=(victim,) if kind == "stop" else (),
+        env={"COMM_TIMEOUT": str(TIMEOUT_SECONDS)},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, list[RankResult]]:
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        return dict(zip(CASES, pool.map(run, CASES), strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_job_ends_and_names_the_rank(
+    outcomes: dict[str, list[RankResult]], name: str
+) -> None:
+    """Catches a job that hangs, ends with success, or does not say whom it waited for."""
+    kind, victim, _, words = CASES[name]
+    words = words.format(host=socket.gethostname(), timeout=TIMEOUT_SECONDS)
+    for rank, one in enumerate(outcomes[name]):
+        assert "joined" in one.stdout, f"rank {rank}: {one.stderr}"
+        assert "finished" not in one.stdout, f"rank {rank} went on"
+        if rank != victim or kind == "late":
+            assert one.returncode == 1, f"rank {rank}: exit {one.returncode}\n{one.stderr}"
+            assert words in one.stderr, f"rank {rank} does not say {words!r}:\n{one.stderr}"
+            assert "all_sum (100000,) float32" in one.stderr, f"last operation: {one.stderr}"
+    if kind == "raise":
+        assert "the victim's own error" in outcomes[name][victim].stderr
+
+
+def test_a_rank_that_fails_on_mpi_ends_all() -> None:
+    """Catches MPI's clean-up waiting for ever after an exception on one rank."""
+    ranks = run_ranks(WORKER, 3, backend="mpi", args=("raise", "1"), timeout=40, check=False)
+    assert all(one.returncode == 1 for one in ranks)
+    assert "the victim's own error" in ranks[1].stderr
+
+
+def test_a_declared_phase_may_last() -> None:
+    """Catches a job ended because one rank downloads or tokenises for long."""
+    ranks = run_ranks(WORKER, 2, args=("phase", "1"), timeout=40, env={"COMM_TIMEOUT": "4"})
+    assert all("finished" in one.stdout for one in ranks)
+
+
+def test_garbage_on_the_heartbeat_port_is_dropped_and_logged() -> None:
+    """Catches a stranger that can end or crash a job through its open port."""
+    ranks = run_ranks(WORKER, 2, args=("garbage", "9"), timeout=40)
+    assert all("finished" in one.stdout for one in ranks)
+    assert ranks[0].stderr.count("dropped a message") >= 3, ranks[0].stderr
+
+
+Ends = tuple[Channel, Channel]
+
+
+@pytest.fixture
+def ends(request: pytest.FixtureRequest) -> Iterator[Ends]:
+    """A rank-0 end with the job's secret, and another with the parameter's (or the same)."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        member = Channel(
+            socket.create_connection(server.getsockname()),
+            getattr(request, "param", "secret"),
+            listener=False,
+        )
+        hub = Channel(server.accept()[0], "secret", listener=True)
+        arrive(member)
+        yield hub, member
+        member.close()
+        hub.close()
+
+
+def arrive(end: Channel, num_messages: int = 0) -> list:
+    """Reads until the nonce and that many messages have come."""
+    messages = end.receive()
+    while len(messages) < num_messages or not end._nonce:
+        time.sleep(0.01)
+        messages += end.receive()
+    return messages
+
+
+def test_messages_pass_in_both_directions(ends: Ends) -> None:
+    """Catches a framing or signature that the other end does not accept."""
+    hub, member = ends
+    for i in range(3):
+        member.send({"i": i})
+        hub.send([i])
+    assert arrive(hub, 3) == [{"i": 0}, {"i": 1}, {"i": 2}]
+    assert arrive(member, 3) == [[0], [1], [2]]
+    member.close()
+    time.sleep(0.05)
+    assert hub.receive() == [] and not hub.open
+
+
+@pytest.mark.parametrize("ends", ["other"], indirect=True)
+def test_another_jobs_secret_is_refused(ends: Ends) -> None:
+    """Catches messages of another job being believed."""
+    hub, member = ends
+    member.send({"rank": 1})
+    with pytest.raises(Malformed, match="signature"):
+        arrive(hub, 1)
+
+
+def test_a_replayed_message_is_refused(ends: Ends) -> None:
+    """Catches an eavesdropper who sends an old message again."""
+    hub, member = ends
+    member.send({"rank": 1})
+    time.sleep(0.05)
+    data = hub.sock.recv(4096, socket.MSG_PEEK)
+    assert arrive(hub, 1) == [{"rank": 1}]
+    member.sock.sendall(data)
+    with pytest.raises(Malformed, match="signature"):
+        arrive(hub, 1)
+
+
+def test_the_timeout_is_checked() -> None:
+    """Catches a mistyped COMM_TIMEOUT that would switch the watchdog off."""
+    assert timeout_seconds({}) == 300 and timeout_seconds({"COMM_TIMEOUT": "0"}) == 0
+    for text in ("-1", "soon", "inf", "nan"):
+        with pytest.raises(ValueError, match="COMM_TIMEOUT"):
+            timeout_seconds({"COMM_TIMEOUT": text})
+    assert os.environ.get("COMM_TIMEOUT") is None
