@@ -26,20 +26,26 @@ CHECKS = [
     "round_trip",
     "standalone_linears",
     "prepared_layers",
+    "loading_memory",
 ]
 WIDE_CHECKS = ["round_trip", "generation", "mesh_training"]
 TIMEOUT_SECONDS = 300
 
 
 def launch(
-    num_ranks: int, backend: str, folder: Path, num_steps: int, cases: list[str], checks: list[str]
+    num_ranks: int,
+    backend: str,
+    folder: Path,
+    num_steps: int,
+    cases: list[str],
+    checks: list[str],
+    large_model: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Results of all ranks of one launch."""
     arguments = [str(folder), str(num_steps), ",".join(cases) or "-", ",".join(checks) or "-"]
     worker = HERE / "workers" / "parity.py"
-    results = run_ranks(
-        worker, num_ranks, backend=backend, args=arguments, timeout=TIMEOUT_SECONDS, env={"PYTHONPATH": PATHS}
-    )
+    env = {"PYTHONPATH": PATHS, "LARGE_MODEL": str(large_model)}
+    results = run_ranks(worker, num_ranks, backend=backend, args=arguments, timeout=TIMEOUT_SECONDS, env=env)
     return [result.result for result in results]
 
 
@@ -53,9 +59,9 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def ring_of_two(reference: Path) -> list[dict[str, Any]]:
+def ring_of_two(reference: Path, saved_model: Path) -> list[dict[str, Any]]:
     """All cases and checks on two ranks over TCP."""
-    return launch(2, "ring", reference, 20, MAIN_CASES + LORA_CASES, CHECKS)
+    return launch(2, "ring", reference, 20, MAIN_CASES + LORA_CASES, CHECKS, saved_model)
 
 
 @pytest.fixture(scope="session")

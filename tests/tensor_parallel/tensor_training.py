@@ -1,10 +1,14 @@
-"""Checks that train: on a 2 x 2 mesh, and with the training-time layers and loss of `trainer.models`."""
+"""Checks of training on a 2 x 2 mesh, of the training-time layers and loss, and of the memory that loading takes."""
 
+import gc
+import os
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
+from mlx_lm.utils import load_model
 from tensor_cases import ROWS, TOKENS, batch, relative_error, train, worst
 from tensor_models import make_model, prepare
 
@@ -48,6 +52,26 @@ def prepared_layers(group: comm.Group) -> dict[str, Any]:
             errors = {name: relative_error(full[name], grad) for name, grad in tree_flatten(grads)}
             result[f"{architecture}:{method}"] = worst({**errors, "loss": relative_error(divided_loss, loss)})
     return result
+
+
+def loading_memory(group: comm.Group) -> dict[str, int]:
+    """Bytes that opening and dividing the model in the folder LARGE_MODEL takes, and gathering it for a checkpoint."""
+    gc.collect()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    model, _ = load_model(Path(os.environ["LARGE_MODEL"]), lazy=True)
+    TensorParallel(model, group)
+    peak = mx.get_peak_memory()
+    parameters = tree_flatten(model.parameters())
+    mx.reset_peak_memory()
+    sizes = [full.nbytes for _, full in gather_tensors(model_layout(model), parameters)]
+    return {
+        "model_bytes": sum(sizes),
+        "largest_bytes": max(sizes),
+        "local_bytes": sum(array.nbytes for _, array in parameters),
+        "peak_bytes": peak - before,
+        "gather_peak_bytes": mx.get_peak_memory() - before,
+    }
 
 
 def _packed_loss(model: nn.Module, batch: dict[str, mx.array]) -> mx.array:

@@ -101,6 +101,21 @@ def test_wrapper_behaviour(ring_of_two: Results) -> None:
         assert report["printed_embedding"].startswith("VocabularyEmbedding(128, 64"), report["printed_embedding"]
 
 
+def test_peak_memory_of_loading(ring_of_two: Results) -> None:
+    """Catches slices that keep the whole tensor alive, and a load that evaluates everything before slicing.
+
+    Loading peaks at most at the model over the ranks plus its two largest tensors; gathering for a checkpoint at
+    the slices plus three full tensors.
+    """
+    for rank, found in enumerate(reports(ring_of_two, "loading_memory")):
+        assert found["model_bytes"] >= 500e6, f"the model has only {found['model_bytes']} bytes"
+        assert found["local_bytes"] < 0.51 * found["model_bytes"], f"rank {rank} keeps {found['local_bytes']} bytes"
+        bound = found["local_bytes"] + 2 * found["largest_bytes"]
+        assert found["peak_bytes"] <= bound, f"rank {rank}: peak {found['peak_bytes']}, allowed {bound}"
+        bound += found["largest_bytes"]
+        assert found["gather_peak_bytes"] <= bound, f"rank {rank}: gathering peaks at {found['gather_peak_bytes']}"
+
+
 def test_wrong_plan_is_caught(ring_of_two: Results) -> None:
     """Shows that the comparison has teeth: a plan without the MLP's sum is far off."""
     for report in reports(ring_of_two, "wrong_plan"):
