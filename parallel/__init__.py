@@ -6,19 +6,24 @@ Research code imports from here; everything works the same on 1 and on N ranks.
 from comm import init
 from parallel.api import evaluate, value_and_grad
 from parallel.data import DataParallel
+from parallel.fsdp import FullyShardedDataParallel
 from parallel.heads import Head, hidden_and_head
 from parallel.layout import gather_tensors, model_layout, slice_tensors
 from parallel.linear import shard_linear
 from parallel.norm import clip_grad_norm, global_norm
+from parallel.pipeline import PipelineParallel, bubble_pct
 from parallel.tensor import TensorParallel
 from parallel.vocab import cross_entropy
 from parallel.wrapper import Wrapper, unwrap
 
 __all__ = [
     "DataParallel",
+    "FullyShardedDataParallel",
     "Head",
+    "PipelineParallel",
     "TensorParallel",
     "Wrapper",
+    "bubble_pct",
     "clip_grad_norm",
     "cross_entropy",
     "evaluate",

@@ -6,7 +6,7 @@ model is run and the head is the identity: right, but with all logits in memory.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
@@ -117,4 +117,6 @@ def hidden_and_head(model: nn.Module, tokens: mx.array, segments: mx.array | Non
     if head is None:
         return (model(tokens) if cache is None else model(tokens, cache=cache)), Head(None)
     core = text_model(model).model
-    return (core(tokens) if cache is None else core(tokens, cache)), head
+    hidden = core(tokens) if cache is None else core(tokens, cache)
+    # Only now: a head whose weights are divided for storage gathers them for its copy.
+    return hidden, replace(head, module=head.module.whole()) if hasattr(head.module, "whole") else head

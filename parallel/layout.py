@@ -31,6 +31,8 @@ class Segment:
 class Split:
     """One parameter dimension divided over the ranks of a group.
 
+    A dimension of one segment need not divide evenly: slices are then padded with zeros at the end.
+
     Attributes:
         axis: name of the mesh axis, "tp" or "dp_shard".
         group: the ranks of that axis.
@@ -55,8 +57,8 @@ class Split:
 
     @property
     def piece_sizes(self) -> list[int]:
-        """Length of this rank's piece of each segment."""
-        return [segment.size * segment.copies // self.group.size for segment in self.segments]
+        """Length of this rank's piece of each segment, equal on all ranks; the last pieces may end in padding."""
+        return [-(-segment.size * segment.copies // self.group.size) for segment in self.segments]
 
     @property
     def has_copies(self) -> bool:
@@ -72,8 +74,13 @@ class Split:
             first = start + (self.group.rank // segment.copies) * size
             pieces.append(_range(full, self.dim, first, first + size))
             start += segment.size
+        whole = pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=self.dim)
+        if whole.shape[self.dim] < self.local_size:
+            widths = [(0, 0)] * whole.ndim
+            widths[self.dim] = (0, self.local_size - whole.shape[self.dim])
+            whole = mx.pad(whole, widths)
         # A bare slice would keep the full tensor's buffer alive.
-        return mx.contiguous(pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=self.dim))
+        return mx.contiguous(whole)
 
     def gather(self, local: mx.array) -> mx.array:
         """The full tensor from every rank's slice, equal on all ranks. Every rank of the group must call it."""
@@ -81,7 +88,8 @@ class Split:
             return local
         ranks = mx.split(self.group.all_gather(local, axis=self.dim), self.group.size, axis=self.dim)
         if len(self.segments) == 1:
-            return mx.concatenate(ranks[:: self.segments[0].copies], axis=self.dim)
+            whole = mx.concatenate(ranks[:: self.segments[0].copies], axis=self.dim)
+            return _range(whole, self.dim, 0, self.full_size)
         by_rank = [self.pieces(rank) for rank in ranks]
         pieces = [p[i] for i, s in enumerate(self.segments) for p in by_rank[:: s.copies]]
         return mx.concatenate(pieces, axis=self.dim)
