@@ -19,6 +19,13 @@ def main(arguments: list[str] | None = None) -> int:
         return _launch(parser, options, given[cut + 1 :])
     if given[cut:]:
         parser.error(f"{options.verb} takes no program after --")
+    if options.verb == "bench" and options.launchers:
+        import json
+
+        from comm.bench_launch import compare_launchers
+
+        print(json.dumps(compare_launchers(options.repeats)))
+        return 0
     if options.verb == "bench":
         from comm.bench import main as run_bench
 
@@ -69,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--backend", default="any", choices=("any", *BACKENDS))
     bench.add_argument("-n", type=_positive, dest="num_ranks", default=2, help="local ranks, when started alone (default 2)")
     bench.add_argument("--json", action="store_true", help="print one JSON object")
+    bench.add_argument("--launchers", action="store_true", help="compare with mlx.launch instead")
     bench.add_argument("--plot", metavar="FILE", help="draw latency and bandwidth as a PNG")
     bench.add_argument("--max-mib", type=_positive, default=64, help="largest message (default 64)")
     bench.add_argument("--repeats", type=_positive, default=5, help="timings each (default 5)")

@@ -8,6 +8,7 @@ import numpy as np
 import comm
 
 FLOATS = (mx.float16, mx.bfloat16, mx.float32)
+BATCH = 30
 INTEGERS = (mx.int8, mx.uint8, mx.int16, mx.uint16, mx.int32, mx.uint32, mx.int64, mx.uint64)
 
 
@@ -302,11 +303,11 @@ def one_round(group, i: int) -> list[mx.array]:
 
 
 def rounds(group, num_rounds: int):
-    """All collectives, many times: every tenth graph one at a time, the others ten at once."""
+    """All collectives, many times: one at a time in every third graph, else 30 rounds at once."""
     n = group.size
-    for first in range(0, num_rounds, 10):
-        graph = [one_round(group, i) for i in range(first, first + 10)]
-        if first % 100:
+    for first in range(0, num_rounds, BATCH):
+        graph = [one_round(group, i) for i in range(first, min(first + BATCH, num_rounds))]
+        if first % 90:
             mx.eval(graph)
         for i, out in enumerate(graph, start=first):
             total = n * i + n * (n - 1) / 2

@@ -36,7 +36,7 @@ if group.rank == victim:
         time.sleep(1000)
     elif kind == "phase":
         with group.progress.long_phase("tokenising"):
-            time.sleep(9)
+            time.sleep(6)
 if kind == "garbage":
     if group.rank == 1:
         endpoint = world.watchdog._hub.sock.getpeername()
@@ -44,7 +44,7 @@ if kind == "garbage":
             with socket.create_connection(endpoint) as sock:
                 sock.sendall(junk)
                 time.sleep(0.3)
-    time.sleep(3)
+    time.sleep(1)
 for _ in range(3):
     mx.eval(group.all_sum(mx.ones((100_000,))))
 group.barrier()

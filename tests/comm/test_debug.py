@@ -1,0 +1,30 @@
+"""COMM_DEBUG=1 with real processes: ranks that take their collectives in different orders."""
+
+import pytest
+
+from ranks import run_ranks
+
+SCRIPT = """
+import mlx.core as mx
+import comm
+
+group = comm.init()
+x = mx.ones((3,))
+first, second = group.all_sum, group.all_max
+if group.rank == 1:
+    first, second = second, first
+y, z = first(x), second(x)
+mx.eval(y, z)
+print("finished", flush=True)
+"""
+
+
+@pytest.mark.parametrize("backend", ["ring", "mpi"])
+def test_a_different_order_is_named(backend: str) -> None:
+    """Catches wrong values where ranks disagree on what comes next; MLX itself says nothing."""
+    env = {"COMM_DEBUG": "1"}
+    ranks = run_ranks(SCRIPT, 2, backend=backend, timeout=40, env=env, check=False)
+    said = "".join(one.stderr for one in ranks)
+    assert all(one.returncode == 1 and "finished" not in one.stdout for one in ranks), said
+    assert "rank 1 is at #5 all_max (3,) float32" in said.replace("#3", "#5"), said
+    assert "rank 0 is at" in said and "all_sum (3,) float32" in said, said
