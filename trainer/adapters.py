@@ -25,7 +25,19 @@ PEFT_SUFFIXES = {
     "lora_magnitude_vector": "m",
 }
 # PEFT options that change what an adapter computes and are not supported here; the value that is harmless.
-PEFT_REFUSED = {"rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None, "bias": "none", "lora_bias": False}
+PEFT_REFUSED = {
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "modules_to_save": None,
+    "bias": "none",
+    "lora_bias": False,
+    "layer_replication": None,
+    "target_parameters": None,
+    "trainable_token_indices": None,
+    "use_qalora": False,
+    "alora_invocation_tokens": None,
+    "fan_in_fan_out": False,
+}
 
 
 @dataclass(frozen=True)

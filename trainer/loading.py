@@ -3,6 +3,7 @@
 Weights are lazy until `materialize`, so that wrappers can take their slices first.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from trainer.config import ModelConfig
 from trainer.data import build_tokenizer
 
 DEFAULT_INITIALIZER_RANGE = 0.02
+# Text-only checkpoints of transformers whose model type mlx-lm knows under the whole family's name.
+TEXT_ONLY_TYPES = {"qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe"}
 
 
 @dataclass
@@ -95,7 +98,11 @@ def _read_model(config: ModelConfig) -> BaseModel:
         raise ValueError(f"model.path={config.path!r} has no config.json; give a model folder or a Hugging Face repo.")
     try:
         if path.exists():
-            return BaseModel(*load_model(path, lazy=True, trust_remote_code=config.trust_remote_code))
+            config_values = json.loads((path / "config.json").read_text())
+            renamed = TEXT_ONLY_TYPES.get(config_values.get("model_type"))
+            other = {"model_type": renamed} if renamed else None
+            trust = config.trust_remote_code
+            return BaseModel(*load_model(path, lazy=True, model_config=other, trust_remote_code=trust))
         model, _, read = load(config.path, lazy=True, return_config=True, trust_remote_code=config.trust_remote_code)
         return BaseModel(model, read)
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -14,7 +14,7 @@ from trainer.agreement import broadcast_tensors, together
 from trainer.build import Notice
 from trainer.checkpoint import CheckpointError, CheckpointFolder, open_checkpoint
 from trainer.config import Recipe
-from trainer.output import ADAPTERS_FILE
+from trainer.output import ADAPTER_CONFIG_FILE, ADAPTERS_FILE
 from trainer.recipe import load_recipe
 
 
@@ -29,8 +29,16 @@ def recipe_of(target: str, overrides: list[str]) -> Recipe:
         raise ValueError(f"{target!r} is no folder; give a run's output folder or one of its checkpoints.")
     for folder in (path, path.parent.parent):
         if (folder / "recipe.yaml").is_file():
-            return replace(load_recipe(folder / "recipe.yaml", overrides), output_dir=str(folder))
+            recipe = replace(load_recipe(folder / "recipe.yaml", overrides), output_dir=str(folder))
+            return _with_own_adapters(recipe, folder)
     raise ValueError(f"{target!r} holds no recipe.yaml; give a run's output folder or one of its checkpoints.")
+
+
+def _with_own_adapters(recipe: Recipe, folder: Path) -> Recipe:
+    """A finished run describes its adapters itself; the folder they started from may be gone."""
+    if recipe.lora.init_from is None or not (folder / ADAPTER_CONFIG_FILE).is_file():
+        return recipe
+    return replace(recipe, lora=replace(recipe.lora, init_from=str(folder)))
 
 
 class HasModel(Protocol):

@@ -1,6 +1,7 @@
 """The rows and the tokenizer that the project makes itself."""
 
 import filecmp
+import json
 
 import numpy as np
 import pytest
@@ -105,3 +106,18 @@ def test_prompts_and_answers_of_the_quickstart(texts, tmp_path):
         assert answer == row["completion"].strip()
         assert np.array_equal(rows.tokens(index)[: len(prompt)], prompt)
         assert rows.mask(index).sum() == len(rows.tokens(index)) - len(prompt)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "qwen3_5"])
+def test_saved_tokenizer_gives_the_same_ids_beside_any_config(tmp_path, model_type):
+    """Catches a tokenizer that transformers rebuilds with other splitting rules because of the model's type."""
+    from transformers import AutoTokenizer
+
+    tokenizer = build_tokenizer((row["prompt"] for row in synthetic_rows("sql", "valid", 0)), 400)
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    text = "table: staff\ncolumns: name, age\nQ: which name has age above 60 ?\nA:"
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded.encode(text) == tokenizer.encode(text)
+    assert loaded.decode(loaded.encode(text)) == text
+    assert loaded.eos_token_id == tokenizer.eos_token_id

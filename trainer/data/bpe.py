@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-EOS = "<|end|>"
+# The name that Qwen3.5's tokenizer class expects; under another one it would add a token of its own.
+EOS = "<|endoftext|>"
 PAD = "<|pad|>"
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
-    "{{- message['role'] + ':\\n' + message['content'] + '<|end|>\\n' -}}"
+    "{{- message['role'] + ':\\n' + message['content'] + '" + EOS + "\\n' -}}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- 'assistant:\\n' -}}{%- endif -%}"
 )
@@ -29,14 +30,20 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokeniz
     Raises:
         ValueError: when `vocab_size` has no room for the 256 bytes and the special tokens.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
+    from transformers.models.qwen3_5.tokenization_qwen3_5 import PRETOKENIZE_REGEX
 
     smallest = 256 + len((EOS, PAD))
     if vocab_size < smallest:
         raise ValueError(f"A byte-level tokenizer needs at least {smallest} entries, not {vocab_size}.")
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # Qwen3.5's own splitting: beside a config of that model type transformers loads any BPE with it, whatever was saved.
+    tokenizer.normalizer = normalizers.NFC()
+    words = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

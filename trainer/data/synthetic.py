@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-SPLIT_ROWS = {"train": 10000, "valid": 400, "test": 400}
+SPLIT_ROWS = {"train": 10000, "valid": 256, "test": 256}
 
 TABLES = {
     "staff": ("name", "city", "team", "age", "salary"),
@@ -69,7 +69,7 @@ def synthetic_rows(name: str, split: str, seed: int) -> list[dict[str, str]]:
 
     Args:
         name: "sql" or "sql-pipe".
-        split: "train" (10000 rows), "valid" or "test" (400 each). No query of one split occurs in another.
+        split: "train" (10000 rows), "valid" or "test" (256 each). No query of one split occurs in another.
         seed: chooses the rows; the split a query belongs to does not depend on it.
 
     Raises:
