@@ -32,7 +32,7 @@ def gradients(fn, q, k, v, weight, **options):
     return mx.value_and_grad(scalar, argnums=(0, 1, 2))(q, k, v)
 
 
-def assert_equal(data, tolerance=4e-6, **options):
+def assert_equal(data, tolerance=1e-5, **options):
     blockwise_only = {name: options.pop(name) for name in ("block_size", "keep") if name in options}
     value, grads = gradients(blockwise_attention, *data, **options, **blockwise_only)
     expected, expected_grads = gradients(reference, *[x.astype(mx.float32) for x in data], **options)
@@ -69,7 +69,7 @@ def test_segments(keep, window):
 def test_large_scores():
     """Catches an exponential taken before the largest score is subtracted."""
     q, k, v, weight = arrays(1, 2, 2, 40, 8, 8)
-    assert_equal([q * 20, k * 20, v, weight], block_size=16, tolerance=1e-5)
+    assert_equal([q * 20, k * 20, v, weight], block_size=16, tolerance=5e-5)
 
 
 @pytest.mark.parametrize("keep", [False, True], ids=["recompute", "keep"])
