@@ -28,7 +28,7 @@ CHECKS = [
     "prepared_layers",
     "loading_memory",
 ]
-WIDE_CHECKS = ["round_trip", "generation", "mesh_training"]
+WIDE_CHECKS = ["round_trip", "generation", "deep_meshes"]
 TIMEOUT_SECONDS = 300
 
 
@@ -72,8 +72,14 @@ def mpi_of_two(reference: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def mpi_of_four(reference: Path) -> list[dict[str, Any]]:
-    """More ranks than key-value heads: the main cases, fused projections, and a 2 x 2 mesh."""
+    """More ranks than key-value heads: the main cases, fused projections, and 2 x 2 meshes."""
     return launch(4, "mpi", reference, 4, [*MAIN_CASES, "phi3:lora"], WIDE_CHECKS)
+
+
+@pytest.fixture(scope="session")
+def ring_of_four(reference: Path) -> list[dict[str, Any]]:
+    """A 2 x 2 mesh over TCP, where MLX cannot split a group."""
+    return launch(4, "ring", reference, 4, [], ["data_mesh"])
 
 
 @pytest.fixture(scope="session")

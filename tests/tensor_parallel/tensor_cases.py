@@ -74,15 +74,17 @@ def first_gradients(model: nn.Module) -> tuple[mx.array, dict[str, mx.array]]:
 
 
 def train(
-    model: nn.Module, num_steps: int = NUM_STEPS, rows: slice = slice(None)
+    model: nn.Module, num_steps: int = NUM_STEPS, *shares: slice
 ) -> tuple[list[float], list[float]]:
-    """Losses and gradient norms of AdamW steps with clipping, on these rows of each batch."""
+    """Losses and gradient norms of AdamW steps with clipping; `shares` are the rows of each micro-batch (all)."""
     model.train()
     optimizer = optim.AdamW(1e-3, bias_correction=True)
     step = value_and_grad(model, loss_fn)
     losses, norms = [], []
     for i in range(num_steps):
-        loss, grads, _ = step([{key: array[rows] for key, array in batch(i).items()}])
+        whole = batch(i)
+        micro_batches = [{key: array[rows] for key, array in whole.items()} for rows in shares or [slice(None)]]
+        loss, grads, _ = step(micro_batches)
         grads, norm = clip_grad_norm(grads, 1.0, model)
         optimizer.update(model, grads)
         mx.eval(loss, norm, model.parameters(), optimizer.state)

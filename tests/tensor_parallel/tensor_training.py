@@ -1,4 +1,4 @@
-"""Checks of training on a 2 x 2 mesh, of the training-time layers and loss, and of the memory that loading takes."""
+"""Checks of training on 2 x 2 meshes, of the training-time layers and loss, and of the memory that loading takes."""
 
 import gc
 import os
@@ -13,25 +13,53 @@ from tensor_cases import ROWS, TOKENS, batch, relative_error, train, worst
 from tensor_models import make_model, prepare
 
 import comm
-from parallel import DataParallel, TensorParallel, gather_tensors, hidden_and_head, model_layout
+from parallel import (
+    DataParallel,
+    FullyShardedDataParallel,
+    PipelineParallel,
+    TensorParallel,
+    gather_tensors,
+    hidden_and_head,
+    model_layout,
+)
 from trainer.models.checkpointing import checkpoint_layers
 from trainer.models.linear_cross_entropy import linear_cross_entropy
 from trainer.models.lora_matmul import use_fast_lora
 from trainer.models.prepare import prepare_for_training
 
 
-def mesh_training(mesh: comm.Mesh) -> dict[str, Any]:
-    """Losses and norms of 2 x 2 ranks, each data-parallel rank with one row, against one device with both."""
+WRAPPERS = {"dp_replicate": DataParallel, "dp_shard": FullyShardedDataParallel, "pp": PipelineParallel}
+
+
+def data_mesh(world: comm.Group) -> dict[str, Any]:
+    """Two data-parallel ranks, each of two tensor-parallel ones."""
+    return _on_meshes(world, ["dp_replicate"])
+
+
+def deep_meshes(world: comm.Group) -> dict[str, Any]:
+    """The same with FSDP, and with two stages, in place of data parallelism."""
+    return _on_meshes(world, ["dp_shard", "pp"])
+
+
+def _on_meshes(world: comm.Group, axes: list[str]) -> dict[str, Any]:
+    """Losses and norms of 2 x 2 ranks, tensor parallelism inside another wrapper, against one device."""
     result = {}
-    rank = mesh.dp_replicate.rank
-    for method in ("full", "lora"):
-        losses, norms = train(prepare(make_model("qwen3"), method), 4)
-        model = DataParallel(TensorParallel(prepare(make_model("qwen3"), method), mesh.tp), mesh.dp_replicate)
-        divided_losses, divided_norms = train(model, 4, slice(rank, rank + 1))
-        result[method] = {
-            "steps": max(abs(a / b - 1) for a, b in zip(divided_losses, losses)),
-            "norms": max(abs(a / b - 1) for a, b in zip(divided_norms, norms)),
-        }
+    for axis in axes:
+        wrap = WRAPPERS[axis]
+        mesh = comm.Mesh.build(comm.MeshShape(**{"dp_replicate": 1, axis: 2, "tp": 2}), world)
+        group = getattr(mesh, axis)
+        # Data-parallel ranks share a batch's two rows; stages cut it into two micro-batches.
+        shares = [slice(i, i + 1) for i in range(2)] if axis == "pp" else [slice(group.rank, group.rank + 1)]
+        for method in ("full", "lora"):
+            losses, norms = train(prepare(make_model("qwen3"), method), 4)
+            model = prepare(make_model("qwen3"), method)
+            # Stages first, so that a rank divides only the layers that it has.
+            model = TensorParallel(wrap(model, group), mesh.tp) if axis == "pp" else wrap(TensorParallel(model, mesh.tp), group)
+            divided_losses, divided_norms = train(model, 4, *shares)
+            result[f"{axis}:{method}"] = {
+                "steps": max(abs(a / b - 1) for a, b in zip(divided_losses, losses)),
+                "norms": max(abs(a / b - 1) for a, b in zip(divided_norms, norms)),
+            }
     return result
 
 

@@ -141,8 +141,17 @@ def test_shard_linear_alone(ring_of_two: Results, kind: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_two_by_two_mesh(mpi_of_four: Results, method: str) -> None:
-    """Catches gradients or norms counted over the wrong axis when data and tensor parallelism compose."""
-    for report in reports(mpi_of_four, "mesh_training"):
-        assert report[method]["steps"] < 1e-5, f"losses off by {report[method]['steps']}"
-        assert report[method]["norms"] < 1e-5, f"norms off by {report[method]['norms']}"
+@pytest.mark.parametrize(
+    ("world", "check", "axis"),
+    [
+        ("ring_of_four", "data_mesh", "dp_replicate"),
+        ("mpi_of_four", "deep_meshes", "dp_shard"),
+        ("mpi_of_four", "deep_meshes", "pp"),
+    ],
+)
+def test_two_by_two_meshes(request: pytest.FixtureRequest, world: str, check: str, axis: str, method: str) -> None:
+    """Catches gradients or norms counted over the wrong axis when tensor parallelism and another one compose."""
+    for report in reports(request.getfixturevalue(world), check):
+        found = report[f"{axis}:{method}"]
+        assert found["steps"] < 1e-5, f"losses off by {found['steps']}"
+        assert found["norms"] < 1e-5, f"norms off by {found['norms']}"
