@@ -17,11 +17,13 @@ from parallel.layout import Segment, Split, record_split, split_records
 from parallel.replicated import Slot, copied_to_group
 from parallel.slicing import (
     SlicedDropout,
+    SlicedModule,
     as_segments,
     copy_tree,
     dense_weight,
     extended_class,
     slice_array,
+    remember_whole,
     without_bias,
 )
 
@@ -84,7 +86,7 @@ class Sharding:
     leaves: bool = True
 
 
-class SlicedLinear(nn.Module):
+class SlicedLinear(SlicedModule):
     """A linear layer on this rank's slice of the weights, without communication; base of the two below.
 
     Mixed into the layer's own class by `shard_in_place`, never built directly.
@@ -99,9 +101,6 @@ class SlicedLinear(nn.Module):
     def output_dims(self) -> int:
         """Output features of the whole layer."""
         return self.sharding.output_dims
-
-    def _extra_repr(self) -> str:
-        return ", ".join(part for part in (self.whole_repr, f"ranks={self.sharding.group.size}") if part)
 
     def to_lora(self, r: int = 8, dropout: float = 0.0, scale: float = 20.0) -> nn.Module:
         """A sharded LoRA layer around this layer; mlx-lm's `linear_to_lora_layers` calls it.
@@ -179,7 +178,7 @@ class ShardedToAllLinear(SlicedLinear):
 def shard_in_place(linear: nn.Module, sharding: Sharding) -> nn.Module:
     """Slice the arrays of `linear` (lazily) and extend its class; returns `linear`. See `shard_linear`."""
     columns = sharding.kind == "all-to-sharded"
-    linear.whole_repr = linear._extra_repr()
+    remember_whole(linear, sharding.group)
     if "lora_a" in linear:
         _shard_adapter(linear, sharding)
     else:

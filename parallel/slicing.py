@@ -3,6 +3,7 @@
 What `linear.py` and `vocab.py` are made of; nothing here communicates.
 """
 
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -11,6 +12,18 @@ import mlx.nn as nn
 
 import comm
 from parallel.layout import Segment, Split, record_split, split_records
+
+
+class SlicedModule(nn.Module):
+    """A module with this rank's slices of its arrays that prints the dimensions of the whole; mixed into its class."""
+
+    def _extra_repr(self) -> str:
+        return self.whole_repr
+
+
+def remember_whole(module: nn.Module, group: comm.Group) -> None:
+    """Keep what `module` prints of itself, before its arrays are sliced."""
+    module.whole_repr = ", ".join(part for part in (module._extra_repr(), f"ranks={group.size}") if part)
 
 
 def slice_array(
@@ -100,8 +113,8 @@ def copy_tree(module: nn.Module) -> nn.Module:
 @lru_cache(maxsize=None)
 def extended_class(mixin: type, base: type) -> type:
     """The class of a `base` that is a `mixin` first; the same class every time."""
-    name = mixin.__name__.removesuffix("Linear").removesuffix("Embedding").removesuffix("Block") + base.__name__
-    return type(name, (mixin, base), {"__module__": base.__module__})
+    prefix = re.sub("(Linear|Embedding|Block|Module)$", "", mixin.__name__)
+    return type(prefix + base.__name__, (mixin, base), {"__module__": base.__module__})
 
 
 class SlicedDropout(nn.Module):

@@ -11,12 +11,12 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 import comm
-from parallel.layout import split_records
+from parallel.layout import Segment, split_records
 from parallel.linear import Sharding, SlicedLinear, linear_dims, partial_slots, shard_in_place
 from parallel.plans import ModelPlan
 from parallel.replicated import Slot, copied_to_group
 from parallel.resolve import BlockSite, check_plan, child_at, find_blocks, find_named, plan_for
-from parallel.slicing import extended_class, slice_array
+from parallel.slicing import SlicedModule, extended_class, remember_whole, slice_array
 from parallel.vocab import shard_embedding, shard_head
 from parallel.wrapper import Wrapper
 
@@ -125,10 +125,10 @@ def _shard_block(site: BlockSite, group: comm.Group) -> None:
     for path, child, cut in list(site.cuts()):
         segments = site.segments(child, cut, size)
         sizes[path] = sum(s.size * s.copies // size for s in segments)
-        if cut.sharding == "slice":
-            owner, names = (child, list(child)) if isinstance(child, nn.Module) else (block, [path])
-            for name in names:
-                slice_array(owner, name, 0, segments, group)
+        if isinstance(child, mx.array):
+            slice_array(block, path, 0, segments, group)
+        elif cut.sharding == "slice":
+            _slice_module(child, segments, group)
         else:
             spec = Sharding(cut.sharding, group, *linear_dims(child), segments, enters=False, leaves=cut.leaves)
             shard_in_place(child, spec)
@@ -144,6 +144,13 @@ def _shard_block(site: BlockSite, group: comm.Group) -> None:
         setattr(child_at(block, owner_path[0]) if owner_path else block, name, sizes[path])
     block.split_region = region
     block.__class__ = extended_class(ShardedBlock, type(block))
+
+
+def _slice_module(module: nn.Module, segments: tuple[Segment, ...], group: comm.Group) -> None:
+    remember_whole(module, group)
+    for name in list(module):
+        slice_array(module, name, 0, segments, group)
+    module.__class__ = extended_class(SlicedModule, type(module))
 
 
 def _local_count(site: BlockSite, units: str, size: int) -> tuple[int, int]:

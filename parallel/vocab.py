@@ -14,7 +14,7 @@ import mlx.nn as nn
 import comm
 from parallel.layout import Segment
 from parallel.linear import AllToShardedLinear, Sharding, extend_class, linear_dims, shard_in_place
-from parallel.slicing import extended_class, slice_array
+from parallel.slicing import SlicedModule, extended_class, remember_whole, slice_array
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class VocabularySlice:
     size: int
 
 
-class VocabularyEmbedding(nn.Module):
+class VocabularyEmbedding(SlicedModule):
     """An embedding of which each rank holds the rows of its vocabulary slice; mixed into the layer's class.
 
     Forward: one sum over the group. Backward: no communication; tied as the output head, one sum of the hidden
@@ -55,9 +55,6 @@ class VocabularyEmbedding(nn.Module):
             ValueError: always.
         """
         raise ValueError("The embedding is divided by vocabulary already; put its adapter in before TensorParallel.")
-
-    def _extra_repr(self) -> str:
-        return f"{self.whole_repr}, ranks={self.vocabulary.group.size}"
 
 
 class VocabularyHead(AllToShardedLinear):
@@ -88,7 +85,7 @@ class VocabularyHead(AllToShardedLinear):
 def shard_embedding(embedding: nn.Module, group: comm.Group) -> None:
     """Divide an `nn.Embedding` or `nn.QuantizedEmbedding` in place, lazily."""
     num_embeddings = embedding.weight.shape[0]
-    embedding.whole_repr = embedding._extra_repr()
+    remember_whole(embedding, group)
     for name in [name for name in ("weight", "scales", "biases") if name in embedding]:
         slice_array(embedding, name, 0, (Segment(num_embeddings),), group)
     embedding.vocabulary = _slice_of(num_embeddings, group)

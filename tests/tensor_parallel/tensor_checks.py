@@ -201,6 +201,8 @@ def wrapper_behaviour(group: comm.Group) -> dict[str, Any]:
         "printed": lines,
         "printed_whole": [repr(plain.layers[0].self_attn.q_proj), repr(plain.layers[0].mlp.down_proj)],
         "printed_embedding": repr(wrapped.model.embed_tokens),
+        "printed_convolution": repr(TensorParallel(make_model("qwen3_5"), group).layers[0].linear_attn.conv1d),
+        "printed_convolution_whole": repr(make_model("qwen3_5").layers[0].linear_attn.conv1d),
         "moved": moved,
     }
 

@@ -98,6 +98,8 @@ def test_wrapper_behaviour(ring_of_two: Results) -> None:
         for printed, whole in zip(report["printed"], report["printed_whole"]):
             dims = whole.split("(", 1)[1].rstrip(")")
             assert dims in printed, f"{printed} does not tell {dims}"
+        whole = report["printed_convolution_whole"].rstrip(")")
+        assert report["printed_convolution"] == f"Sliced{whole}, ranks=2)", report["printed_convolution"]
         assert report["printed_embedding"].startswith("VocabularyEmbedding(128, 64"), report["printed_embedding"]
 
 
