@@ -17,11 +17,11 @@ from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import comm
-from parallel import DataParallel
+from parallel import DataParallel, FullyShardedDataParallel, PipelineParallel, TensorParallel
 from trainer.adapters import load_into, read_adapter
 from trainer.agreement import together
 from trainer.batches import Share, TrainingBatches
-from trainer.config import Recipe
+from trainer.config import ParallelConfig, Recipe
 from trainer.data import PlannedBatch, Splits, TokenizedRows, bucket_lengths, corpus, load_splits, plan_epoch, plan_packed
 from trainer.evaluation import Evaluator
 from trainer.loading import BaseModel, materialize, open_model, open_tokenizer
@@ -44,25 +44,27 @@ class Parts:
     Attributes:
         recipe: the resolved recipe.
         world: all ranks.
-        mesh, batch: sizes of the mesh's axes and of a global batch.
+        sizes, batch: sizes of the mesh's axes and of a global batch.
         tokenizer: mlx-lm's wrapper of the tokenizer.
         splits: tokenised training and validation rows.
         base: the model and its config; adapters and wrappers are in place.
         adapter: modules and shape of the adapters, or None for full fine-tuning.
         loss: the loss function for `parallel.value_and_grad`.
+        mesh: a group per axis, and the data-parallel ranks together.
         batch_dp: data-parallel ranks for which the recipe as written gives this global batch.
     """
 
     recipe: Recipe
     world: comm.Group
-    mesh: MeshSizes
+    sizes: MeshSizes
     batch: BatchSizes
     tokenizer: TokenizerWrapper
     splits: Splits
     base: BaseModel
     adapter: LoRASpec | None
     loss: TokenLoss
-    batch_dp: int
+    mesh: comm.Mesh | None = None
+    batch_dp: int = 1
 
     @property
     def model(self) -> nn.Module:
@@ -112,7 +114,7 @@ class Parts:
     @property
     def data_group(self) -> comm.Group:
         """The ranks that see different rows."""
-        return self.world
+        return self.mesh.dp
 
     def evaluator(self, rows: TokenizedRows) -> Evaluator:
         """Measures the model on `rows`."""
@@ -167,18 +169,37 @@ def build(recipe: Recipe, world: comm.Group, notice: Notice, batch_dp: int | Non
     Raises:
         ValueError: something in the recipe cannot be done; the text says what and what is allowed.
     """
-    mesh = resolve_mesh(recipe.parallel, world.size)
-    parts = together(world, partial(_build_alone, recipe, world, mesh, notice))
-    parts.batch_dp = batch_dp or mesh.dp
-    DataParallel(parts.model, world, wire_dtype=_wire_dtype(recipe), bucket_bytes=_bucket_bytes(recipe))
+    sizes = resolve_mesh(recipe.parallel, world.size)
+    parts = together(world, partial(_build_alone, recipe, world, sizes, notice))
+    parts.batch_dp = batch_dp or sizes.dp
+    parts.mesh = comm.Mesh.build(comm.MeshShape(**asdict(sizes)), world, recipe.parallel.backend)
+    wrap(parts.model, recipe.parallel, parts.mesh)
     checkpoint_layers(parts.model.layers, recipe.gradient_checkpointing)
     parts.model.train()
     return parts
 
 
-def _build_alone(recipe: Recipe, world: comm.Group, mesh: MeshSizes, notice: Notice) -> Parts:
+def wrap(model: nn.Module, parallel: ParallelConfig, mesh: comm.Mesh) -> None:
+    """Put the wrappers of every axis that is on around `model`, and load what is this rank's of it.
+
+    A pipeline cuts first, so that no rank reads another stage's layers; then each layer is divided.
+    """
+    if mesh.pp.size > 1:
+        peers = (mesh.tp, mesh.dp)
+        PipelineParallel(model, mesh.pp, schedule=parallel.schedule, split=parallel.split, peers=peers)
+    if mesh.tp.size > 1:
+        TensorParallel(model, mesh.tp)
+    if mesh.dp_shard.size > 1:
+        FullyShardedDataParallel(model, mesh.dp_shard, wire_dtype=_wire_dtype(parallel))
+    together(mesh.world, partial(materialize, model))
+    DataParallel(
+        model, mesh.dp_replicate, wire_dtype=_wire_dtype(parallel), bucket_bytes=_bucket_bytes(parallel)
+    )
+
+
+def _build_alone(recipe: Recipe, world: comm.Group, sizes: MeshSizes, notice: Notice) -> Parts:
     """All that a rank builds without the others."""
-    batch = resolve_batch(recipe, mesh.dp)
+    batch = resolve_batch(recipe, sizes.dp)
     tokenizer = open_tokenizer(recipe.model, partial(corpus, recipe.data, recipe.seed))
     splits = load_splits(recipe.data, tokenizer, recipe.seed, notice=notice)
     base = open_model(recipe.model, len(tokenizer), recipe.seed)
@@ -187,8 +208,7 @@ def _build_alone(recipe: Recipe, world: comm.Group, mesh: MeshSizes, notice: Not
     keys = DropoutKeys()
     adapter = prepare_method(recipe, base, keys)
     use_fast_lora(base.model)
-    materialize(base.model)
-    return Parts(recipe, world, mesh, batch, tokenizer, splits, base, adapter, TokenLoss(keys, packed), mesh.dp)
+    return Parts(recipe, world, sizes, batch, tokenizer, splits, base, adapter, TokenLoss(keys, packed))
 
 
 def prepare_method(recipe: Recipe, base: BaseModel, keys: DropoutKeys) -> LoRASpec | None:
@@ -267,10 +287,10 @@ def _require_trainable(model: nn.Module, setting: str) -> None:
         raise ValueError(f"{setting} leaves no trainable parameter in this model.")
 
 
-def _wire_dtype(recipe: Recipe) -> mx.Dtype | None:
-    return {"float32": mx.float32, "bfloat16": mx.bfloat16, None: None}[recipe.parallel.wire_dtype]
+def _wire_dtype(parallel: ParallelConfig) -> mx.Dtype | None:
+    return {"float32": mx.float32, "bfloat16": mx.bfloat16, None: None}[parallel.wire_dtype]
 
 
-def _bucket_bytes(recipe: Recipe) -> int | None:
-    size = recipe.parallel.bucket_mib
+def _bucket_bytes(parallel: ParallelConfig) -> int | None:
+    size = parallel.bucket_mib
     return None if size == "auto" else int(size * 2**20)

@@ -53,7 +53,7 @@ def save(parts: Parts, folder: CheckpointFolder, progress: Progress) -> None:
         "num_updates": parts.optimizer.num_updates,
         "identity": parts.identity,
         "settings": _settings(parts.recipe),
-        "mesh": asdict(parts.mesh),
+        "mesh": asdict(parts.sizes),
         "batch_dp": parts.batch_dp,
         "seed": parts.recipe.seed,
     }

@@ -176,7 +176,7 @@ def _open_metrics(parts: Parts, output_dir: Path | None, step: int) -> Metrics:
     recipe, world = parts.recipe, parts.world
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / "recipe.yaml").write_text(to_yaml(recipe))
-    write_json(output_dir / MACHINE_FILE, machine_facts(world.size, world.backend, asdict(parts.mesh)))
+    write_json(output_dir / MACHINE_FILE, machine_facts(world.size, world.backend, asdict(parts.sizes)))
     rows = JsonlSink(output_dir / "metrics.jsonl", step or None)
     terminal = TerminalSink(parts.total_steps, step)
     sinks = [rows, terminal]
