@@ -69,14 +69,45 @@ def _plan(parser: argparse.ArgumentParser) -> None:
     _recipe(parser)
     parser.add_argument("--world", metavar="N", type=_count, default=1, help="number of ranks (default: 1)")
     parser.add_argument(
-        "--memory-gib", metavar="G", type=_positive, help="memory a rank may use (default: 3/4 of this machine's)"
+        "--memory-gib",
+        metavar="G",
+        type=_positive,
+        help="memory a rank may use (default: 3/4 of this machine's)",
     )
     parser.add_argument(
-        "--tflops", metavar="T", type=_positive, default=15.0, help="compute rate of a rank, to compare (default: 15)"
+        "--tflops",
+        metavar="T",
+        type=_positive,
+        default=15.0,
+        help="compute rate of a rank, to compare (default: 15)",
     )
     parser.add_argument(
-        "--link-gb", metavar="B", type=_positive, default=1.0, help="GB/s between ranks, to compare (default: 1)"
+        "--link-gb",
+        metavar="B",
+        type=_positive,
+        default=1.0,
+        help="GB/s between ranks, to compare (default: 1)",
     )
+
+
+def _bench(parser: argparse.ArgumentParser) -> None:
+    _recipe(parser)
+    parser.add_argument("--vs", choices=("mlx-lm",), help="measure mlx-lm's trainer too, and print the ratios")
+    parser.add_argument("--steps", metavar="N", type=_count, default=5, help="timed steps (default: 5)")
+    parser.add_argument(
+        "--warmup", metavar="N", type=_count, default=2, help="steps before them (default: 2)"
+    )
+    parser.add_argument(
+        "--rounds", metavar="N", type=_count, default=1, help="with --vs: the best of N (default: 1)"
+    )
+    parser.add_argument(
+        "--synthetic",
+        action="store_true",
+        help="random rows of exactly data.max_seq_len tokens, not the recipe's",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    # What --vs starts its processes with.
+    parser.add_argument("--side", help=argparse.SUPPRESS)
 
 
 def _eval(parser: argparse.ArgumentParser) -> None:
@@ -113,9 +144,13 @@ def _export(parser: argparse.ArgumentParser) -> None:
         help="peft: adapter folder for transformers + PEFT; fused: base and adapter as one model for mlx-lm",
     )
     parser.add_argument("--output", metavar="FOLDER", help="where to write (default: RUN/peft or RUN/fused)")
-    parser.add_argument("--base-model", metavar="NAME", help="peft: base model to name, where the run's was quantized")
     parser.add_argument(
-        "--multimodal", action="store_true", help="peft: for the transformers class that keeps the vision tower"
+        "--base-model", metavar="NAME", help="peft: base model to name, where the run's was quantized"
+    )
+    parser.add_argument(
+        "--multimodal",
+        action="store_true",
+        help="peft: for the transformers class that keeps the vision tower",
     )
     parser.add_argument(
         "--requantize",
@@ -137,7 +172,9 @@ def _cp(parser: argparse.ArgumentParser) -> None:
 
 
 def _report(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="output folders of runs; several share every chart")
+    parser.add_argument(
+        "runs", metavar="RUN", nargs="+", help="output folders of runs; several share every chart"
+    )
     parser.add_argument(
         "--out", metavar="FILE", default="report.html", help="the HTML file (default: report.html)"
     )
@@ -191,6 +228,12 @@ VERBS = {
         "Memory on each rank, whether it fits, and the cheapest mesh, from the model's config alone.",
         "python -m trainer plan recipes/qwen-9b-lora.yaml --world 4 --memory-gib 96",
         _plan,
+    ),
+    "bench": Verb(
+        "trainer.bench:main",
+        "Tokens per second, parts of a step, memory and MFU of a recipe on this machine.",
+        "python -m trainer bench recipes/quickstart.yaml --vs mlx-lm",
+        _bench,
     ),
     "eval": Verb(
         "trainer.evaluate:main",
