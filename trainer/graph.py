@@ -70,19 +70,18 @@ def trace(function: Callable[..., list[mx.array]], arguments: Sequence[mx.array]
         ValueError: the function uses an operation that MLX cannot export.
     """
     stand_ins = _StandIns()
-    num_results = 0
 
     def with_backward_passes(*arrays: mx.array) -> list[mx.array]:
-        nonlocal num_results
-        with mock.patch.multiple(mx, custom_function=stand_ins.custom_function, checkpoint=stand_ins.checkpoint):
-            results = list(function(*arrays))
-        num_results = len(results)
-        return [*results, *stand_ins.gradients]
+        with mock.patch.multiple(
+            mx, custom_function=stand_ins.custom_function, checkpoint=stand_ins.checkpoint
+        ):
+            results = function(*arrays)
+        # These first: a marker's own operation is then listed before its gradient.
+        return [*stand_ins.kept, *results]
 
     graph = _export(with_backward_passes, arguments)
-    # MLX names equal results once; the ones that were asked for come first.
-    results, gradients = graph.outputs[:num_results], graph.outputs[num_results:]
-    return _Splice(graph, stand_ins.calls, gradients).graph(results)
+    num_kept = len(stand_ins.kept)
+    return _Splice(graph, stand_ins.calls, graph.outputs[:num_kept]).graph(graph.outputs[num_kept:])
 
 
 def _export(function: Callable[..., list[mx.array]], arguments: Sequence[mx.array]) -> Graph:
@@ -116,7 +115,7 @@ class _Call:
 
     Attributes:
         arguments: code of each differentiable argument's marker, its shape, and the position of its gradient
-            among all gradients (None: it has none).
+            among the arrays that were kept (None: it has none).
         results: code of each differentiable result's marker, code of its made-up cotangent, and its shape.
     """
 
@@ -129,7 +128,7 @@ class _StandIns:
 
     def __init__(self) -> None:
         self.calls: list[_Call] = []
-        self.gradients: list[mx.array] = []
+        self.kept: list[mx.array] = []
         self.num_codes = 0
 
     def custom_function(self, function: Callable) -> _CustomFunction:
@@ -137,11 +136,11 @@ class _StandIns:
         return _CustomFunction(self, function)
 
     def checkpoint(self, function: Callable) -> Callable:
-        """Stands in for `mx.checkpoint`: the backward pass computes the function again, once cotangents are there."""
+        """Stands in for `mx.checkpoint`: the backward pass computes the function again, after the forward pass."""
 
         def backward(primals: Any, cotangents: Any, outputs: Any) -> Any:
             primals = primals if len(paths) > 1 else (primals,)
-            ready = mx.depends(list(primals), [c for _, c in tree_flatten(cotangents)])
+            ready = mx.depends(list(primals), [array for _, array in tree_flatten(outputs)])
 
             def flat(*arrays: mx.array) -> list[mx.array]:
                 args = tree_unflatten(list(zip(paths, arrays, strict=True)))
@@ -154,7 +153,9 @@ class _StandIns:
         def call(*args: Any) -> Any:
             arrays = tree_flatten(list(args))
             paths[:] = [path for path, _ in arrays]
-            run = _CustomFunction(self, lambda *flat: function(*tree_unflatten(list(zip(paths, flat, strict=True)))))
+            run = _CustomFunction(
+                self, lambda *flat: function(*tree_unflatten(list(zip(paths, flat, strict=True))))
+            )
             run.vjp(backward)
             return run(*(array for _, array in arrays))
 
@@ -164,7 +165,14 @@ class _StandIns:
         """A float32 number that went through a marker, and the marker's code."""
         self.num_codes += 1
         pair = mx.broadcast_to(number, (2,))
-        return mx.hadamard_transform(pair, scale=float(self.num_codes)).sum(), self.num_codes
+        marked = mx.hadamard_transform(pair, scale=float(self.num_codes)).sum()
+        self.keep(marked)
+        return marked, self.num_codes
+
+    def keep(self, array: mx.array) -> int:
+        """Make an array a result of the traced function, whatever else it is needed for; returns its position."""
+        self.kept.append(mx.stop_gradient(array))
+        return len(self.kept) - 1
 
 
 class _CustomFunction:
@@ -188,17 +196,24 @@ class _CustomFunction:
 
         def like_outputs(arrays: Iterable[mx.array]) -> Any:
             arrays = list(arrays)
-            return arrays[0] if isinstance(outputs, mx.array) else tree_unflatten(list(zip(paths, arrays, strict=True)))
+            return (
+                arrays[0]
+                if isinstance(outputs, mx.array)
+                else tree_unflatten(list(zip(paths, arrays, strict=True)))
+            )
 
         primals = tuple(mx.stop_gradient(arg) for arg in args)
-        gradients = self.backward(primals[0] if len(args) == 1 else primals, like_outputs(made_up), like_outputs(flat))
+        gradients = self.backward(
+            primals[0] if len(args) == 1 else primals, like_outputs(made_up), like_outputs(flat)
+        )
         gradients = [gradients] if isinstance(gradients, mx.array) else list(gradients)
         call, number = _Call([], []), mx.array(0.0)
         for arg, gradient in zip(args, gradients, strict=False):
             if _is_float(arg) and arg.ndim:
                 marked, code = self.stand_ins.marked(arg.sum().astype(mx.float32))
                 number = number + marked
-                call.arguments.append((code, tuple(arg.shape), self._keep(gradient)))
+                position = None if gradient is None else self.stand_ins.keep(gradient)
+                call.arguments.append((code, tuple(arg.shape), position))
         results = []
         for array, cotangent_code in zip(flat, cotangent_codes, strict=True):
             if _is_float(array):
@@ -213,12 +228,6 @@ class _CustomFunction:
         """A made-up cotangent that needs no memory; a stop_gradient marks where it is ready."""
         marked, code = self.stand_ins.marked(mx.array(0.0))
         return mx.stop_gradient(mx.broadcast_to(marked.astype(array.dtype), array.shape)), code
-
-    def _keep(self, gradient: mx.array | None) -> int | None:
-        if gradient is None:
-            return None
-        self.stand_ins.gradients.append(mx.stop_gradient(gradient))
-        return len(self.stand_ins.gradients) - 1
 
 
 class _Splice:
@@ -257,28 +266,47 @@ class _Splice:
         return Graph(tuple(self.operations[i] for i in sorted(needed)), self.inputs, outputs)
 
     def _splice(self, call: _Call) -> None:
+        forward, results, values = [], [], []
         for code, cotangent_code, shape in call.results:
-            forward, *backward = self.markers.get(code, [None])[:2]
-            if forward is None:
-                continue
-            added, marker = self._follow(forward, "Add", shape) or (None, "")
-            if added is None:
-                continue
-            value = next(name for name in self.operations[added].inputs if name != marker)
-            # The result is the function's own array; the marker was only added to tell its gradient.
-            self.operations[added] = replace(self.operations[added], name="CustomTransforms", inputs=(value,))
-            made_up = self._spread(self.markers.get(cotangent_code, [None])[0], shape)
+            marker, *backward = self.markers[code]
+            made_up = self._spread(self.markers[cotangent_code][0], shape)
             if backward and made_up:
-                self.renamed[made_up] = self._cotangent_of(backward[0], shape)
+                self.renamed[made_up] = self._array_before(backward[0], shape)
+            # Absent where nothing reads the result itself.
+            if added := self._follow(marker, "Add", shape):
+                index, before = added
+                forward.append(index)
+                results.append(self.operations[index])
+                values.append(next(name for name in results[-1].inputs if name != before))
+        arguments = [self._array_before(self.markers[code][0], shape) for code, shape, _ in call.arguments]
+        self._pass_through(forward, results, (*arguments, *values))
         for code, shape, gradient in call.arguments:
-            _, *backward = self.markers.get(code, [None])[:2]
+            _, *backward = self.markers[code]
             spread = self._spread(backward[0], shape) if backward else None
             if spread and gradient is not None:
                 self.renamed[spread] = self.gradients[gradient]
 
-    def _spread(self, marker: int | None, shape: tuple[int, ...]) -> str | None:
+    def _pass_through(self, indices: list[int], results: list[Operation], inputs: tuple[str, ...]) -> None:
+        """One operation, as in MLX, that reads arguments and the function's own results and hands these on.
+
+        It takes the place of the additions of markers, which were only there to tell the gradients.
+        """
+        if not results:
+            return
+        joint = Operation(
+            "CustomTransforms",
+            inputs,
+            tuple(op.outputs[0] for op in results),
+            tuple(op.shapes[0] for op in results),
+            tuple(op.num_bytes[0] for op in results),
+        )
+        for index in indices:
+            self.operations[index] = joint
+        self.maker |= dict.fromkeys(joint.outputs, indices[0])
+
+    def _spread(self, marker: int, shape: tuple[int, ...]) -> str | None:
         """The array of that shape over which a marker's number is spread, if anything reads it."""
-        found = None if marker is None else self._follow(marker, "Broadcast" if shape else "Squeeze", shape)
+        found = self._follow(marker, "Broadcast" if shape else "Squeeze", shape)
         return found and self.operations[found[0]].outputs[0]
 
     def _follow(self, index: int, name: str, shape: tuple[int, ...]) -> tuple[int, str] | None:
@@ -295,8 +323,8 @@ class _Splice:
             if operation.name not in _MARKER_STEPS:
                 return None
 
-    def _cotangent_of(self, index: int, shape: tuple[int, ...]) -> str:
-        """Back from a marker's gradient to the array of the result's shape that it was summed from."""
+    def _array_before(self, index: int, shape: tuple[int, ...]) -> str:
+        """The array of that shape from which a marker's number was summed."""
         name = self.operations[index].inputs[0]
         while name in self.maker:
             maker = self.operations[self.maker[name]]

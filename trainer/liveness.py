@@ -185,8 +185,10 @@ class _Walk:
         """The input whose memory the result shares by its nature, if any."""
         if not operation.inputs:
             return None
-        # Depends passes its first inputs through, one per result.
-        source = operation.inputs[position if operation.name == "Depends" else 0]
+        # Of several inputs, Depends passes the first ones through and CustomTransforms the last ones.
+        if operation.name == "CustomTransforms":
+            position += len(operation.inputs) - len(operation.outputs)
+        source = operation.inputs[position if operation.name in ("Depends", "CustomTransforms") else 0]
         is_view = operation.name in _VIEWS
         is_view |= operation.name in _RESHAPES and self.in_order.get(source, True)
         return source if is_view else None
