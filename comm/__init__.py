@@ -17,7 +17,7 @@ _HOME = {
     "Mesh": "mesh",
     "MeshShape": "mesh",
     "init": "backend",
-    "leave": "watchdog",
+    "leave": "ending",
     "solo": "group",
     "all_gather_object": "objects",
     "broadcast_object": "objects",

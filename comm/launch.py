@@ -89,6 +89,8 @@ def mpi_job(job: Job) -> Job:
     slots = Counter(host.ssh for host in job.hosts.hosts)
     options = ["--host", ",".join(f"{name}:{count}" for name, count in slots.items())]
     options += ["-n", str(len(job.hosts.hosts)), "--bind-to", "none", "--output", "rank"]
+    if max(slots.values()) > (os.cpu_count() or 1):
+        options += ["--map-by", ":OVERSUBSCRIBE", "--mca", "mpi_yield_when_idle", "1"]
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         options.append("--allow-run-as-root")
     variables = [*dict(job.hosts.variables), "COMM_TIMEOUT", "COMM_BACKEND", "PYTHONUNBUFFERED"]

@@ -63,3 +63,13 @@ def test_without_mlx_one_sentence_names_the_extra() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert "pip install -e '.[cpu]'" in done.stdout and done.stdout.count("\n") == 1, done.stderr
+
+
+def test_no_exported_name_is_also_a_submodule() -> None:
+    """Catches `comm.leave` turning from a function into a module once that module is loaded."""
+    code = (
+        "import comm, types\nfor _ in range(2):\n    for name in comm.__all__:\n"
+        "        assert not isinstance(getattr(comm, name), types.ModuleType), name"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
