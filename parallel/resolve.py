@@ -7,6 +7,7 @@ refused before a model is loaded.
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -49,10 +50,9 @@ class BlockSite:
     def segments(self, child: Any, cut: Cut, size: int) -> tuple[Segment, ...]:
         """The segments of the child's divided dimension."""
         full = _divided_size(child, cut)
-        sizes = [
-            getattr(self.module, part.units) * getattr(self.module, part.width) if part.width else full // len(cut.parts)
-            for part in cut.parts
-        ]
+        even = full // len(cut.parts)
+        of = partial(getattr, self.module)
+        sizes = [of(part.units) * of(part.width) if part.width else even for part in cut.parts]
         return tuple(Segment(n, self.copies(part.units, size)) for n, part in zip(sizes, cut.parts))
 
 
@@ -98,7 +98,8 @@ def check_plan(model: nn.Module, plan: ModelPlan, size: int) -> None:
         raise ValueError(f"The plan finds no block to divide in {_name(model)}.")
     uncovered = [name for site in blocks for name in _uncovered(site)]
     if uncovered:
-        raise ValueError(f"The plan says nothing about {', '.join(_first_of_each(uncovered))}; cut it or list it as whole.")
+        names = ", ".join(_first_of_each(uncovered))
+        raise ValueError(f"The plan says nothing about {names}; cut it or list it as whole.")
     found = _problems(model, plan, blocks, size)
     if not found:
         return
