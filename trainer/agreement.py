@@ -75,4 +75,7 @@ def broadcast_tensors(world: comm.Group, tensors: dict[str, mx.array] | None) ->
     listing = [(n, list(t.shape), str(t.dtype).removeprefix("mlx.core.")) for n, t in (tensors or {}).items()]
     for name, shape, dtype in comm.broadcast_object(listing, world):
         own = tensors[name] if tensors and world.rank == 0 else mx.zeros(shape, dtype=getattr(mx, dtype))
-        yield name, world.broadcast(own)
+        received = world.broadcast(own)
+        # Now: a rank that has no use for this tensor must take part all the same.
+        mx.eval(received)
+        yield name, received

@@ -64,14 +64,14 @@ def load_result(parts: HasModel, target: str, notice: Notice) -> None:
     """
     world = parts.world
     tensors = together(world, lambda: _read(Path(target), notice) if world.rank == 0 else None)
-    layout = model_layout(parts.model)
     known = dict(tree_flatten(parts.model.parameters()))
-    loaded = []
-    for name, value in slice_tensors(layout, broadcast_tensors(world, tensors)):
-        if name not in known:
-            raise ValueError(f"{target!r} holds {name!r}, which the recipe's model does not have.")
-        loaded.append((name, value.astype(known[name].dtype)))
-    parts.model.update(tree_unflatten(loaded))
+    names = comm.broadcast_object(sorted(tensors or ()), world)
+    foreign = comm.all_gather_object([name for name in names if name not in known], world)
+    # A pipeline's stage has only its own layers' tensors, so a name is wrong when no rank has it.
+    if nowhere := set.intersection(*map(set, foreign)):
+        raise ValueError(f"{target!r} holds {min(nowhere)!r}, which the recipe's model does not have.")
+    loaded = slice_tensors(model_layout(parts.model), broadcast_tensors(world, tensors), known)
+    parts.model.update(tree_unflatten([(name, value.astype(known[name].dtype)) for name, value in loaded]))
 
 
 def _read(path: Path, notice: Notice) -> dict[str, mx.array]:

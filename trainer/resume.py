@@ -43,8 +43,8 @@ def save(parts: Parts, folder: CheckpointFolder, progress: Progress) -> None:
     layout = model_layout(parts.model)
     weights = tree_flatten(parts.model.trainable_parameters())
     files = {
-        "weights": gather_tensors(layout, weights),
-        "optimizer": gather_tensors(_slot_layout(layout, parts.optimizer), parts.optimizer.tensors()),
+        "weights": gather_tensors(layout, weights, parts.mesh.pp),
+        "optimizer": gather_tensors(_slot_layout(layout, parts.optimizer), parts.optimizer.tensors(), parts.mesh.pp),
     }
     epoch, position = divmod(progress.step, parts.batches.steps_per_epoch)
     state = {
@@ -129,9 +129,11 @@ def restore(parts: Parts, found: Found, notice: Notice) -> Progress:
         notice(line)
     layout = model_layout(parts.model)
     weights = broadcast_tensors(world, checkpoint.tensors("weights") if checkpoint else None)
-    parts.model.update(tree_unflatten(list(slice_tensors(layout, weights))))
+    own = {name for name, _ in tree_flatten(parts.model.trainable_parameters())}
+    parts.model.update(tree_unflatten(list(slice_tensors(layout, weights, own))))
     moments = broadcast_tensors(world, checkpoint.tensors("optimizer") if checkpoint else None)
-    slots = dict(slice_tensors(_slot_layout(layout, parts.optimizer), moments))
+    own = {name for name, _ in parts.optimizer.tensors()}
+    slots = dict(slice_tensors(_slot_layout(layout, parts.optimizer), moments, own))
     parts.optimizer.load(slots, state["num_updates"])
     mx.eval(parts.model.trainable_parameters(), parts.optimizer.state)
     return Progress(**state["progress"])

@@ -188,6 +188,15 @@ def _check_sizes(recipe: Recipe) -> Iterator[Problem]:
             "1, or leave global_batch_size out",
             about=("global_batch_size",),
         )
+    divided = [axis for axis in ("dp_shard", "tp") if getattr(recipe.parallel, axis) != 1]
+    if recipe.optimizer.name in ("muon", "adafactor") and divided:
+        yield Problem(
+            "optimizer.name",
+            recipe.optimizer.name,
+            f"needs whole matrices, but parallel.{divided[0]} divides them",
+            "adamw, adam, sgd or lion, or parallel.dp_replicate and pp",
+            about=(f"parallel.{divided[0]}",),
+        )
     if len(recipe.optimizer.betas) != 2:
         yield Problem(
             "optimizer.betas",

@@ -1,6 +1,7 @@
 """`python -m trainer run`: one fine-tuning run, from the recipe to the files that it leaves."""
 
 import argparse
+import math
 import signal
 from collections.abc import Callable
 from dataclasses import asdict
@@ -13,6 +14,7 @@ from mlx.utils import tree_flatten
 import comm
 from parallel import value_and_grad
 from parallel.layout import gather_tensors, model_layout
+from parallel.wrapper import parallel_state
 from trainer import resume
 from trainer.agreement import require_same, together
 from trainer.blas import blas_hint
@@ -141,15 +143,15 @@ def write_result(parts: Parts, output_dir: Path | None) -> None:
         tensors = tree_flatten(parts.model.trainable_parameters())
         spec = parts.adapter
         config = adapter_config(
-            [n for n, _ in tensors],
+            [f"{path}.lora_a" for path in spec.paths],
             fine_tune_type=spec.method,
             rank=spec.rank,
             scale=spec.scale,
             dropout=spec.dropout,
         )
-        write_adapters(output_dir, gather_tensors(layout, tensors), config)
+        write_adapters(output_dir, gather_tensors(layout, tensors, parts.mesh.pp), config)
     else:
-        tensors = gather_tensors(layout, tree_flatten(parts.model.parameters()))
+        tensors = gather_tensors(layout, tree_flatten(parts.model.parameters()), parts.mesh.pp)
         folder = output_dir and output_dir / "model"
         write_model(folder, tensors, parts.base.config, parts.tokenizer, source=source_folder(parts.recipe.model))
 
@@ -199,8 +201,8 @@ def _open_metrics(parts: Parts, output_dir: Path | None, step: int) -> Metrics:
 def introduce(parts: Parts, progress: Progress, notices: list[str], metrics: Metrics) -> None:
     """Say what the run will do: sizes, counts, and every notice of the build."""
     recipe, batch = parts.recipe, parts.batch
-    trainable = sum(p.size for _, p in tree_flatten(parts.model.trainable_parameters()))
-    total = sum(p.size for _, p in tree_flatten(parts.model.parameters()))
+    trainable = _num_elements(parts, parts.model.trainable_parameters())
+    total = _num_elements(parts, parts.model.parameters())
     for notice in notices:
         metrics.message(notice)
     metrics.message(
@@ -211,6 +213,14 @@ def introduce(parts: Parts, progress: Progress, notices: list[str], metrics: Met
     metrics.message(f"{recipe.method}: {trainable:,} of {total:,} parameters are trainable")
     if progress.step:
         metrics.message(f"resumed after step {progress.step}")
+
+
+def _num_elements(parts: Parts, tree: Any) -> int:
+    """Elements of the whole model's tensors, whatever this rank holds of them. Every rank calls it."""
+    layout, repeated = model_layout(parts.model), parallel_state(parts.model).repeated
+    shapes = {n: layout[n].full_shape(p.shape) if n in layout else p.shape for n, p in tree_flatten(tree)}
+    own = sum(math.prod(shape) for name, shape in shapes.items() if name not in repeated)
+    return int(parts.mesh.pp.all_sum(mx.array(own, dtype=mx.int64)).item())
 
 
 def _say_finished(recipe: Recipe, world: comm.Group, progress: Progress) -> None:
