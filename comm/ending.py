@@ -10,6 +10,7 @@ from typing import Any
 from comm.progress import Progress
 
 GRACE_SECONDS = 2.0  # for ranks that fail together to report their own errors
+farewells: list[Callable[[], None]] = []  # called by `leave` where there is no error
 
 
 def leave_after(hook: Callable[..., Any], progress: Progress) -> Callable[..., None]:
@@ -30,12 +31,18 @@ def leave(code: int, error: BaseException | None = None) -> None:
     """Ends this process at once with exit code `code`, without MLX's or MPI's clean-up.
 
     The only safe exit after an error on one of several ranks: MPI's clean-up waits for ranks that
-    are themselves waiting for this one. Never returns. When the error (by default the one being
-    handled) is only that a peer is gone, it first gives the watchdog the time to name that peer.
+    are themselves waiting for this one. Never returns. With an error (by default the one being
+    handled) the watchdog ends the other ranks too; if it is only that a peer is gone, this first
+    gives the watchdog the time to name that peer. Without one this rank says goodbye, and the
+    others may go on.
     """
+    error = error or sys.exc_info()[1]
+    if error is None:
+        for farewell in farewells:
+            farewell()
     sys.stdout.flush()
     sys.stderr.flush()
-    if is_lost_peer(error or sys.exc_info()[1]):
+    if is_lost_peer(error):
         time.sleep(3 * GRACE_SECONDS)
     os._exit(code)
 

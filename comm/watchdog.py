@@ -22,7 +22,7 @@ from typing import Any
 from comm.addresses import own_addresses
 from comm.group import Group
 from comm.heartbeat import Channel, Malformed
-from comm.ending import GRACE_SECONDS, leave_after
+from comm.ending import GRACE_SECONDS, farewells, leave_after
 from comm.objects import all_gather_object, broadcast_object
 from comm.progress import Progress
 
@@ -75,6 +75,7 @@ def start_watchdog(world: Group, environ: Mapping[str, str] = os.environ) -> "Wa
     watchdog = Watchdog(world.rank, hosts, secret, timeout, world.progress)
     watchdog.start(listener, tuple(rows[0][1]))
     atexit.register(watchdog.close)
+    farewells.append(watchdog.close)
     sys.excepthook = leave_after(sys.excepthook, world.progress)
     return watchdog
 

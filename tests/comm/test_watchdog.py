@@ -29,7 +29,7 @@ CASES = {  # what happens, to which rank, on what, and the words that every surv
 }
 
 
-SURVIVED = {"phase": ("1", {"COMM_TIMEOUT": "4"}), "garbage": ("9", {})}
+SURVIVED = {"phase": ("1", {"COMM_TIMEOUT": "4"}), "garbage": ("9", {}), "goodbye": ("1", {})}
 
 
 def run(name: str) -> list[RankResult]:
@@ -82,6 +82,13 @@ def test_a_declared_phase_may_last(outcomes: dict[str, list[RankResult]]) -> Non
     """Catches a job ended because one rank downloads or tokenises for long."""
     for one in outcomes["phase"]:
         assert one.returncode == 0 and "finished" in one.stdout, one.stderr
+
+
+def test_a_rank_may_leave_before_the_others(outcomes: dict[str, list[RankResult]]) -> None:
+    """Catches rank 0 being ended while it saves, because the others have already left."""
+    leaver, other = outcomes["goodbye"][1], outcomes["goodbye"][0]
+    assert leaver.returncode == other.returncode == 0, other.stderr
+    assert "finished" in other.stdout and "died" not in other.stderr, other.stderr
 
 
 def test_garbage_on_the_heartbeat_port_is_dropped_and_logged(

@@ -32,11 +32,17 @@ if group.rank == victim:
         sys.exit(0)
     elif kind == "raise":
         raise RuntimeError("the victim's own error")
+    elif kind == "goodbye":
+        comm.leave(0)
     elif kind == "late":
         time.sleep(1000)
     elif kind == "phase":
         with group.progress.long_phase("tokenising"):
             time.sleep(6)
+if kind == "goodbye":
+    time.sleep(6)  # longer than the grace of a death
+    print("finished", flush=True)
+    comm.leave(0)
 if kind == "garbage":
     if group.rank == 1:
         endpoint = world.watchdog._hub.sock.getpeername()
