@@ -55,8 +55,7 @@ class FullyShardedDataParallel(Wrapper):
         for path, unit in _units(self):
             _shard_arrays(unit, group)
             unit.sharding_unit = Unit(path, group, state.phases, reshard_after_forward, wire_dtype)
-            if reshard_after_forward:
-                _reshard_leaves(unit)
+            _extend_leaves(unit)
             unit.__class__ = type(f"FullySharded{type(unit).__name__}", (ShardedUnit, type(unit)), {"__module__": __name__})
         state.loss_groups.append(group)
         state.reducers.append(self._sum_replicated)
@@ -201,7 +200,7 @@ def _shard_arrays(unit: nn.Module, group: comm.Group) -> None:
     mx.clear_cache()
 
 
-def _reshard_leaves(unit: nn.Module) -> None:
+def _extend_leaves(unit: nn.Module) -> None:
     for _, leaf in unit.named_modules():
         is_leaf = not any(isinstance(value, (nn.Module, dict, list)) for value in leaf.values())
         if is_leaf and leaf is not unit and isinstance(leaf.get("weight"), mx.array) and leaf.weight.ndim > 1:

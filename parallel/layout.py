@@ -5,7 +5,7 @@ records under full parameter names. Gradient norms, checkpoints and other wrappe
 absent is whole and equal on every rank. A dim is of an array, an axis of the mesh.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -175,26 +175,57 @@ def model_layout(model: nn.Module) -> dict[str, ParameterLayout]:
 
 
 def gather_tensors(
-    layout: dict[str, ParameterLayout], tensors: Iterable[tuple[str, mx.array]]
+    layout: dict[str, ParameterLayout], tensors: Iterable[tuple[str, mx.array]], stages: comm.Group | None = None
 ) -> Iterator[tuple[str, mx.array]]:
     """Full tensors under the same names, one at a time, each evaluated before the next is begun.
 
     Args:
         layout: from `model_layout`.
-        tensors: names and local tensors, in the same order on every rank. Optimizer moments go under the name
-            of their parameter.
+        tensors: names and local tensors, in the same order on every rank of the groups that split them.
+            Optimizer moments go under the name of their parameter.
+        stages: the pipeline's group, whose ranks have different names: then every rank gets those of all
+            stages, in the order of the stages; a tensor that two stages have comes once. Default: no pipeline.
     """
+    if stages is not None and stages.size > 1:
+        yield from _gather_stages(layout, list(tensors), stages)
+        return
     for name, local in tensors:
         full = layout[name].gather(local) if name in layout else local
         mx.eval(full)
         yield name, full
 
 
-def slice_tensors(
-    layout: dict[str, ParameterLayout], tensors: Iterable[tuple[str, mx.array]]
+def _gather_stages(
+    layout: dict[str, ParameterLayout], tensors: list[tuple[str, mx.array]], stages: comm.Group
 ) -> Iterator[tuple[str, mx.array]]:
-    """The way back from `gather_tensors`: this rank's slices of full tensors, one at a time."""
+    own = [(n, layout[n].full_shape(x.shape) if n in layout else x.shape, str(x.dtype)) for n, x in tensors]
+    seen = set()
+    for owner, entries in enumerate(comm.all_gather_object(own, stages)):
+        mine = gather_tensors(layout, tensors) if owner == stages.rank else None
+        for name, shape, dtype in entries:
+            # The owner's groups gather even what comes twice, all of them alike.
+            full = next(mine)[1] if mine else mx.zeros(shape, dtype=getattr(mx, dtype.rsplit(".", 1)[-1]))
+            if name in seen:
+                continue
+            seen.add(name)
+            full = stages.broadcast(full, owner)
+            mx.eval(full)
+            yield name, full
+
+
+def slice_tensors(
+    layout: dict[str, ParameterLayout], tensors: Iterable[tuple[str, mx.array]], names: Container[str] | None = None
+) -> Iterator[tuple[str, mx.array]]:
+    """The way back from `gather_tensors`: this rank's slices of full tensors, one at a time.
+
+    Args:
+        layout: from `model_layout`.
+        tensors: names and full tensors.
+        names: those that this rank has; others are passed over. Default: all.
+    """
     for name, full in tensors:
+        if names is not None and name not in names:
+            continue
         local = layout[name].slice(full) if name in layout else full
         mx.eval(local)
         yield name, local

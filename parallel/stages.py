@@ -60,6 +60,9 @@ class Elsewhere(nn.Module):
         passage: given to the layer before the stage's own, which hands out what came in.
     """
 
+    # Never in training mode: what checkpointing adds to a layer would hide the gradient of what comes in.
+    training = property(lambda self: False)
+
     def __init__(self, layer: nn.Module, passage: Passage | None = None):
         super().__init__()
         plain = {k: v for k, v in layer.__dict__.items() if isinstance(v, (bool, int, str)) and not k.startswith("_")}
