@@ -21,12 +21,13 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.lora import LoRASwitchLinear
 
 from parallel import hidden_and_head
+from parallel.stages import check_stages, even_split, memory_split
 from trainer.config import Recipe
 from trainer.graph import trace
 from trainer.liveness import Buffer, Lifetimes, lifetimes
 from trainer.lora import EXPERTS
 from trainer.optim import Optimizer
-from trainer.placement import Part, Placement, even_split
+from trainer.placement import Part, Placement
 from trainer.rules import MeshSizes
 from trainer.shapes import PlannedModel
 
@@ -71,10 +72,28 @@ class Footprints:
         self.placement = Placement(planned.model)
 
     def split(self, pp: int) -> list[int]:
-        """Layers of each pipeline stage."""
-        split = self.recipe.parallel.split
-        is_given = isinstance(split, list) and len(split) == pp
-        return split if is_given else even_split(self.placement.num_layers, pp)
+        """Layers of each pipeline stage; `memory` is planned for machines of equal memory.
+
+        Raises:
+            ValueError: the model cannot be cut into stages.
+        """
+        num_layers, split = self.placement.num_layers, self.recipe.parallel.split
+        if pp > 1:
+            check_stages(self.planned.model)
+        if isinstance(split, list) and len(split) == pp:
+            return split
+        if split == "memory" and pp > 1:
+            sizes = [0] * num_layers
+            first = last = 0
+            for part in self.placement.parts:
+                if part.layer is not None:
+                    sizes[part.layer] += part.num_bytes
+                elif "embed" in part.name:
+                    first += part.num_bytes
+                else:
+                    last += part.num_bytes
+            return memory_split(sizes, first, last, [1] * pp)
+        return even_split(num_layers, pp)
 
     def of(self, mesh: MeshSizes, accumulation: int) -> Footprint:
         """The footprint of the fullest rank.

@@ -108,12 +108,6 @@ class Placement:
         return {0} if has_head else {0, len(split) - 1}
 
 
-def even_split(num_layers: int, num_stages: int) -> list[int]:
-    """Layers of each stage, as equal as can be; earlier stages take what is left over."""
-    share, rest = divmod(num_layers, num_stages)
-    return [share + (stage < rest) for stage in range(num_stages)]
-
-
 def _shard(part: Part, dp_shard: int) -> Part:
     if dp_shard == 1 or not part.shape:
         return part

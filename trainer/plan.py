@@ -11,10 +11,11 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from trainer.config import Recipe
+from trainer.flops import TokenFlops, token_flops
 from trainer.footprint import Footprint, Footprints
-from trainer.problems import listing
 from trainer.recipe import load_recipe
 from trainer.rules import MeshSizes, resolve_batch, resolve_mesh
 from trainer.shapes import PlannedModel, planned_model
@@ -121,21 +122,19 @@ class Planner:
     def others(self, mesh: MeshSizes, accumulation: int) -> tuple[list[Choice], list[str]]:
         """The other meshes with the same ranks and the same global batch, and why some were left out."""
         choices: list[Choice] = []
-        refused: dict[int, str] = {}
+        refused: dict[str, str] = {}
         rows = accumulation * mesh.dp
         for other in meshes(mesh.world):
             if other == mesh or rows % other.dp or other.pp > self.footprints.placement.num_layers:
                 continue
-            if other.tp in refused:
-                continue
             try:
                 choices.append(self.choice(other, rows // other.dp))
             except ValueError as error:
-                refused[other.tp] = str(error).splitlines()[0]
-        sizes_by_reason = {
-            reason: [tp for tp, r in refused.items() if r == reason] for reason in refused.values()
-        }
-        reasons = [f"left out: tp = {listing(map(str, tps))}. {why}" for why, tps in sizes_by_reason.items()]
+                refused[mesh_name(other)] = str(error).splitlines()[0]
+        reasons = [
+            f"left out: {', '.join(name for name, why in refused.items() if why == reason)}. {reason}"
+            for reason in dict.fromkeys(refused.values())
+        ]
         return sorted(choices, key=lambda c: (c.seconds, c.footprint.peak)), reasons
 
     def fits(self, choice: Choice) -> bool:
@@ -156,7 +155,7 @@ class Planner:
         gradients = sum(part.size * wire_item for part in parts if part.trainable)
         layers = math.ceil(self.footprints.placement.num_layers / mesh.pp)
         item = max(part.dtype.size for part in parts if part.name.endswith("norm.weight"))
-        activation = self._micro_batch_tokens * self.planned.text_config.get("hidden_size", 0) * item
+        activation = self.micro_batch_tokens * self.planned.text_config.get("hidden_size", 0) * item
         sent = _around(mesh.dp_replicate) * 2 * gradients / mesh.dp_shard
         messages = 2.0 * (mesh.dp_replicate - 1)
         if mesh.dp_shard > 1:
@@ -172,25 +171,19 @@ class Planner:
         return sent, messages
 
     def _flops(self, mesh: MeshSizes, accumulation: int) -> float:
-        """Of one step over all ranks: 2 per weight and token forward, 2 for the inputs' gradients, and 2 for
-        the weights' where they are trained. Attention between tokens is left out; of experts, the active ones count."""
-        config = self.planned.text_config
-        active = config.get("num_experts_per_tok") or 1
-        total = 0.0
-        for part in self.footprints.placement.parts:
-            if (
-                len(part.shape) < 2
-                or "embed_tokens" in part.name
-                or part.name.endswith((".scales", ".biases"))
-            ):
-                continue
-            elements = part.size * _packing(part, self.recipe, config)
-            share = active / part.shape[0] if len(part.shape) == 3 and "switch" in part.name else 1.0
-            total += elements * share * (6 if part.trainable else 4)
-        return total * self._micro_batch_tokens * accumulation * mesh.dp
+        """Of one step over all ranks, the recomputed layers' second forward pass included."""
+        token = self._token_flops
+        checkpointing = int(self.recipe.gradient_checkpointing)
+        again = token.forward / checkpointing if checkpointing else 0.0
+        return (token.total + again) * self.micro_batch_tokens * accumulation * mesh.dp
+
+    @cached_property
+    def _token_flops(self) -> TokenFlops:
+        return token_flops(self.planned.model, self.recipe.data.max_seq_len)
 
     @property
-    def _micro_batch_tokens(self) -> int:
+    def micro_batch_tokens(self) -> int:
+        """Tokens of a micro-batch of full rows."""
         return self.recipe.batch_size_per_device * self.recipe.data.max_seq_len
 
 
@@ -218,7 +211,7 @@ def _report(planner: Planner, own: Choice, others: list[Choice], refused: list[s
     trained = sum(part.size for part in parts if part.trainable)
     stored = sum(part.num_bytes for part in parts) / GIB
     yield f"{recipe.model.path or recipe.model.config.get('model_type')}: {len(parts)} tensors, {stored:.2f} GiB;"
-    yield f"{recipe.method} trains {trained:,} parameters; {planner._micro_batch_tokens} tokens in a micro-batch"
+    yield f"{recipe.method} trains {trained:,} parameters; {planner.micro_batch_tokens} tokens in a micro-batch"
     yield from (f"note: {notice}" for notice in planner.planned.notices)
     yield ""
     fitting = [choice for choice in [own, *others] if planner.fits(choice)]
@@ -266,15 +259,6 @@ def _table(rows: list[tuple[str, ...]]) -> Iterator[str]:
     for row in rows:
         first, *rest = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
         yield "  ".join([row[0].ljust(len(first)), *rest]).rstrip()
-
-
-def _packing(part, recipe: Recipe, config: dict) -> int:
-    """Weights in one element of a parameter: several where quantized ones are packed into 32 bits."""
-    if part.dtype.size != 4 or "uint" not in str(part.dtype):
-        return 1
-    stored = config.get("quantization") or {}
-    bits = recipe.model.quantize.bits if recipe.model.quantize else stored.get("bits", 4)
-    return 32 // bits
 
 
 def _around(ranks: int) -> float:

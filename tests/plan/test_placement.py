@@ -7,7 +7,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from parallel import TensorParallel
-from trainer.placement import Placement, even_split
+from parallel.stages import even_split
+from trainer.placement import Placement
 from trainer.plan import meshes
 from trainer.recipe import recipe_from
 from trainer.rules import MeshSizes
@@ -90,12 +91,6 @@ def test_pipeline_stages_hold_every_parameter_once():
         assert all("embed_tokens" in name for name in twice) and bool(twice) == (config is QWEN3)
         assert not stages[1] & (stages[0] | stages[2])
         assert any(name.endswith("model.norm.weight") for name in stages[2])
-
-
-def test_even_split():
-    """Layers lost or stages of very different size."""
-    assert even_split(10, 4) == [3, 3, 2, 2]
-    assert even_split(4, 4) == [1, 1, 1, 1]
 
 
 def test_fsdp_divides_the_first_dimension_and_rounds_up():
