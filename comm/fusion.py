@@ -52,6 +52,7 @@ class GradientFusion:
         self.group = group
         self.bucket_bytes = bucket_bytes
         self.wire_dtype = wire_dtype
+        self.message_bytes = 0  # of the latest call, on this rank
 
     def all_sum(self, tree: Any) -> Any:
         """The tree with every array summed over the group, evaluated.
@@ -75,6 +76,7 @@ class GradientFusion:
 
     def _all_sum(self, wires: list[mx.array]) -> list[mx.array]:
         sizes = [wire.nbytes for wire in wires]
+        self.message_bytes = sum(sizes)
         if self.bucket_bytes is None:
             self.bucket_bytes = self._measured(sum(sizes))
         plan = plan_buckets(sizes, [str(wire.dtype) for wire in wires], self.bucket_bytes)

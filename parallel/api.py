@@ -5,6 +5,7 @@ once by the number of target tokens of all of them. So the result does not depen
 ranks and micro-batches, also when they hold different numbers of target tokens.
 """
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -17,7 +18,28 @@ from parallel.wrapper import parallel_state
 
 Batch = dict[str, mx.array]
 LossFn = Callable[[nn.Module, Batch], tuple[mx.array, mx.array]]
-Step = Callable[[Sequence[Batch]], tuple[mx.array, Any, mx.array]]
+Step = Callable[..., tuple[mx.array, Any, mx.array]]
+
+
+class StepTimes:
+    """Seconds of the phases of one step that is evaluated phase by phase: `local`, `skew`, `reduce`.
+
+    Overlap is lost in such a step, so only some steps are worth measuring.
+
+    Attributes:
+        seconds: phase to seconds on this rank; `skew` is the wait for the slowest rank.
+    """
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._since = time.perf_counter()
+
+    def end(self, phase: str, outputs: Any) -> None:
+        """Evaluate `outputs` and give the time since the last phase to this one."""
+        mx.eval(outputs)
+        now = time.perf_counter()
+        self.seconds[phase] = now - self._since
+        self._since = now
 
 
 def value_and_grad(model: nn.Module, loss_fn: LossFn) -> Step:
@@ -34,14 +56,22 @@ def value_and_grad(model: nn.Module, loss_fn: LossFn) -> Step:
         micro-batches (float32 scalar), the gradients of that mean (the tree of
         `model.trainable_parameters()`) and the token count. All three are lazy with one micro-batch; with
         more, each micro-batch is evaluated before the next so that only one holds activations.
+        `step(micro_batches, times)` fills a `StepTimes`; every rank must then pass one.
     """
     state = parallel_state(model)
     local_step = state.runner(loss_fn) if state.runner else _accumulate(model, loss_fn)
 
-    def step(micro_batches: Sequence[Batch]) -> tuple[mx.array, Any, mx.array]:
+    def step(micro_batches: Sequence[Batch], times: StepTimes | None = None) -> tuple[mx.array, Any, mx.array]:
         loss, num_tokens, grads = local_step(micro_batches)
+        if times is not None:
+            times.end("local", [loss, num_tokens, grads])
+            for group in state.loss_groups:
+                group.barrier()
+            times.end("skew", [])
         for reduce in state.reducers:
             grads = reduce(grads)
+        if times is not None:
+            times.end("reduce", grads)
         for group in state.loss_groups:
             loss, num_tokens = group.all_sum(loss), group.all_sum(num_tokens)
         # A batch without any target token has zero gradients, not NaN.

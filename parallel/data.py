@@ -39,4 +39,6 @@ class DataParallel(Wrapper):
         state = self.parallel_state
         self.update(tree_map(group.broadcast, self.trainable_parameters()))
         state.loss_groups.append(group)
-        state.reducers.append(comm.GradientFusion(group, bucket_bytes=bucket_bytes, wire_dtype=wire_dtype).all_sum)
+        fusion = comm.GradientFusion(group, bucket_bytes=bucket_bytes, wire_dtype=wire_dtype)
+        state.fusions.append(fusion)
+        state.reducers.append(fusion.all_sum)

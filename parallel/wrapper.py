@@ -23,6 +23,7 @@ class ParallelState:
     Attributes:
         groups: mesh axis name ("dp_replicate", "dp_shard", "pp", "tp") to the group of that axis.
         reducers: functions that sum a gradient tree over the data-parallel ranks, applied in order.
+        fusions: what sums whole gradients over the replicas; tells the bytes of its messages.
         loss_groups: groups over which loss sums and token counts are summed.
         runner: `runner(loss_fn) -> run(micro_batches) -> (loss_sum, num_tokens, grads)` in place of the plain
             forward and backward of the micro-batches (pipeline), or None.
@@ -33,6 +34,7 @@ class ParallelState:
 
     groups: dict[str, comm.Group] = field(default_factory=dict)
     reducers: list[Callable[[Any], Any]] = field(default_factory=list)
+    fusions: list[comm.GradientFusion] = field(default_factory=list)
     loss_groups: list[comm.Group] = field(default_factory=list)
     runner: Callable | None = None
     forward: Callable | None = None

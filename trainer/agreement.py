@@ -25,21 +25,23 @@ def together(world: comm.Group, work: Callable[[], Result]) -> Result:
         work: must not communicate.
 
     Raises:
-        ValueError: `work` failed somewhere with a `ValueError` or `OSError`; the text is rank 0's own where
-            all ranks met the same, else it names each rank and host.
+        ValueError: `work` failed somewhere with one (or with a missing file); the text is rank 0's own where all
+            ranks met the same, else it names each rank and host.
+        OSError: likewise, when it failed with another one, such as a full disk.
     """
     try:
-        result, problem = work(), None
+        result, problem, is_users = work(), None, True
     except EXPECTED as error:
-        result, problem = None, str(error)
-    problems = comm.all_gather_object(problem, world)
-    if not any(problems):
+        result, problem, is_users = None, str(error), isinstance(error, (ValueError, FileNotFoundError))
+    problems = comm.all_gather_object([problem, is_users], world)
+    texts = [text for text, _ in problems]
+    if not any(texts):
         return result
-    if len(set(problems)) == 1:
-        raise ValueError(problems[0])
+    kind = ValueError if all(users for _, users in problems) else OSError
+    if len(set(texts)) == 1:
+        raise kind(texts[0])
     hosts = comm.all_gather_object(socket.gethostname(), world)
-    lines = [f"rank {r} on {hosts[r]}: {text}" for r, text in enumerate(problems) if text]
-    raise ValueError("\n".join(lines))
+    raise kind("\n".join(f"rank {r} on {hosts[r]}: {text}" for r, text in enumerate(texts) if text))
 
 
 def require_same(world: comm.Group, digests: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from trainer.bench import SIDES, Measurement
 from trainer.build import Parts, build
 from trainer.config import Recipe
 from trainer.data import TokenizedRows, corpus, load_splits
-from trainer.flops import peak_tflops, token_flops
+from trainer.flops import peak_tflops
 from trainer.loading import materialize, open_model, open_tokenizer
 from trainer.loop import Due, Hooks, Loop, Progress
 from trainer.lora import find_targets
@@ -59,9 +59,6 @@ def measure_trainer(recipe: Recipe, warmup: int, steps: int) -> Measurement | No
 def _loop(parts: Parts, total_steps: int, log: Callable[[dict[str, float]], None]) -> Loop:
     """The run's own loop, with a row of metrics for every step and nothing written."""
     hooks = Hooks(log=log, advance=lambda _: None, evaluate=lambda _: {}, save=lambda _: None, stop_signal=lambda: 0)
-    # Wrappers that divide the weights leave only a part of the model to count.
-    whole = parts.sizes.tp == parts.sizes.pp == parts.sizes.dp_shard == 1
-    flops = token_flops(parts.model, parts.recipe.data.max_seq_len).total if whole else None
     return Loop(
         model=parts.model,
         step_fn=value_and_grad(parts.model, parts.loss),
@@ -73,7 +70,7 @@ def _loop(parts: Parts, total_steps: int, log: Callable[[dict[str, float]], None
         world=parts.world,
         due=Due(log=1, evaluate=0, checkpoint=0),
         hooks=hooks,
-        throughput=Throughput(parts.world.size, flops_per_token=flops, peak_tflops=peak_tflops()),
+        throughput=Throughput(parts.world.size, flops_per_token=parts.flops_per_token, peak_tflops=peak_tflops()),
     )
 
 

@@ -18,12 +18,14 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import comm
 from parallel import DataParallel, FullyShardedDataParallel, PipelineParallel, TensorParallel
+from parallel.resolve import check_plan, plan_for
 from trainer.adapters import load_into, read_adapter
 from trainer.agreement import together
 from trainer.batches import Share, TrainingBatches
 from trainer.config import ParallelConfig, Recipe
 from trainer.data import PlannedBatch, Splits, TokenizedRows, bucket_lengths, corpus, load_splits, plan_epoch, plan_packed
 from trainer.evaluation import Evaluator
+from trainer.flops import token_flops
 from trainer.loading import BaseModel, materialize, open_model, open_tokenizer
 from trainer.lora import DropoutKeys, LoRASpec, attach, find_targets
 from trainer.loss import TokenLoss
@@ -50,6 +52,7 @@ class Parts:
         base: the model and its config; adapters and wrappers are in place.
         adapter: modules and shape of the adapters, or None for full fine-tuning.
         loss: the loss function for `parallel.value_and_grad`.
+        flops_per_token: operations of one token, forward and backward, of the whole model.
         mesh: a group per axis, and the data-parallel ranks together.
         batch_dp: data-parallel ranks for which the recipe as written gives this global batch.
     """
@@ -63,6 +66,7 @@ class Parts:
     base: BaseModel
     adapter: LoRASpec | None
     loss: TokenLoss
+    flops_per_token: float
     mesh: comm.Mesh | None = None
     batch_dp: int = 1
 
@@ -208,7 +212,10 @@ def _build_alone(recipe: Recipe, world: comm.Group, sizes: MeshSizes, notice: No
     keys = DropoutKeys()
     adapter = prepare_method(recipe, base, keys)
     use_fast_lora(base.model)
-    return Parts(recipe, world, sizes, batch, tokenizer, splits, base, adapter, TokenLoss(keys, packed))
+    if sizes.tp > 1:
+        check_plan(base.model, plan_for(base.model), sizes.tp)
+    flops = token_flops(base.model, recipe.data.max_seq_len).total
+    return Parts(recipe, world, sizes, batch, tokenizer, splits, base, adapter, TokenLoss(keys, packed), flops)
 
 
 def prepare_method(recipe: Recipe, base: BaseModel, keys: DropoutKeys) -> LoRASpec | None:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
+import mlx.core as mx
 from mlx_lm.generate import stream_generate
 from mlx_lm.sample_utils import make_sampler
 
@@ -30,6 +31,7 @@ def main(arguments: argparse.Namespace) -> int:
         return 0
     load_result(parts, arguments.target, lambda line: print(line, file=sys.stderr))
     parts.model.eval()
+    mx.random.seed(recipe.seed)  # ranks that share one model must draw the same tokens
     if arguments.prompt is not None:
         _answer(parts, [{"role": "user", "content": arguments.prompt}], arguments.temperature)
         return 0

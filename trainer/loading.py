@@ -19,6 +19,8 @@ from trainer.config import ModelConfig
 from trainer.data import build_tokenizer
 
 DEFAULT_INITIALIZER_RANGE = 0.02
+# A random start's vocabulary is rounded up to this, so that tensor-parallel ranks can divide it.
+VOCABULARY_STEP = 64
 # Text-only checkpoints of transformers whose model type mlx-lm knows under the whole family's name.
 TEXT_ONLY_TYPES = {"qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe"}
 
@@ -112,7 +114,8 @@ def _read_model(config: ModelConfig) -> BaseModel:
 def _random_model(config: dict[str, Any], vocab_size: int, seed: int) -> BaseModel:
     """A model with Hugging Face's usual initial values: normal matrices, everything else as the layer starts."""
     target = config["text_config"] if "text_config" in config else config
-    vocab_size = target.setdefault("vocab_size", config.get("vocab_size", vocab_size))
+    padded = -(-vocab_size // VOCABULARY_STEP) * VOCABULARY_STEP
+    vocab_size = target.setdefault("vocab_size", config.get("vocab_size", padded))
     config.setdefault("vocab_size", vocab_size)
     mx.random.seed(seed)
     model_class, args_class = _model_classes(config)

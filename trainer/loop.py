@@ -7,6 +7,7 @@ a checkpoint is due. What they are made of is decided in `trainer.build`.
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,10 +15,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 import comm
-from parallel import clip_grad_norm
+from parallel import StepTimes, clip_grad_norm
+from parallel.wrapper import parallel_state
 from trainer.batches import StepData, TrainingBatches
 from trainer.optim import Optimizer
-from trainer.throughput import Throughput, memory_row
+from trainer.throughput import Throughput, communication_row, memory_row
 
 
 @dataclass
@@ -90,6 +92,7 @@ class Loop:
         throughput: counts tokens and time between rows of metrics.
         patience: validations without a better loss before the run ends, or None.
         last_step: metrics of the latest step alone.
+        usual_compute: seconds for loss and gradients of each step since the last row that ran undisturbed.
     """
 
     model: nn.Module
@@ -105,6 +108,7 @@ class Loop:
     throughput: Throughput
     patience: int | None = None
     last_step: dict[str, float] = field(default_factory=dict)
+    usual_compute: list[float] = field(default_factory=list)
 
     def run(self, progress: Progress) -> int:
         """Train from `progress` to the end, or until a signal or the patience stops it.
@@ -118,7 +122,10 @@ class Loop:
         waiting_since = time.perf_counter()
         for data in self.batches.steps(progress.step, self.total_steps):
             self.last_step = {"time/data_s": time.perf_counter() - waiting_since}
-            self._step(data, progress)
+            # With a row for every step there is no undisturbed one to count instead.
+            sampled = self._is_sampled(progress) and self.due.log > 1
+            with self.throughput.paused() if sampled else nullcontext():
+                self._step(data, progress, counted=not sampled)
             self.hooks.advance(progress.step)
             if self._is_due(self.due.log, progress):
                 self._log(progress)
@@ -139,10 +146,11 @@ class Loop:
             self.hooks.save(progress)
         return signal
 
-    def _step(self, data: StepData, progress: Progress) -> None:
+    def _step(self, data: StepData, progress: Progress, counted: bool) -> None:
         """One update, or a counted skip when loss or norm is not finite (equal on all ranks, being reduced)."""
+        times = StepTimes() if self._is_sampled(progress) else None
         started = time.perf_counter()
-        loss, grads, num_targets = self.step_fn(data.arrays())
+        loss, grads, num_targets = self.step_fn(data.arrays(), times)
         grads, norm = clip_grad_norm(grads, self.max_grad_norm, self.model)
         mx.eval(loss, norm, num_targets, grads)
         computed = time.perf_counter()
@@ -157,13 +165,24 @@ class Loop:
             progress.skipped_steps += 1
         progress.step += 1
         progress.num_tokens += data.num_tokens
-        self.throughput.add(data.num_tokens, data.num_rows, data.num_slots)
+        if counted:
+            self.throughput.add(data.num_tokens, data.num_rows, data.num_slots)
         self.last_step |= {
             "train/grad_norm": norm.item(),
             "train/learning_rate": rate,
             "time/compute_s": computed - started,
             "time/optimizer_s": time.perf_counter() - computed,
         }
+        if times is None:
+            self.usual_compute.append(computed - started)
+        else:
+            self.last_step |= communication_row(times, self.usual_compute, self.model, self.world)
+            self.usual_compute.clear()
+
+    def _is_sampled(self, progress: Progress) -> bool:
+        """Whether the coming step is measured in phases: the one before a row, where ranks share the batch."""
+        shared = any(group.size > 1 for group in parallel_state(self.model).groups.values())
+        return shared and (progress.step + 1) % self.due.log == 0
 
     def _log(self, progress: Progress) -> None:
         row = {

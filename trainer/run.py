@@ -21,8 +21,8 @@ from trainer.blas import blas_hint
 from trainer.build import Parts, build
 from trainer.checkpoint import CheckpointFolder
 from trainer.config import Recipe
-from trainer.evaluation import Evaluator
 from trainer.loading import source_folder
+from trainer.flops import peak_tflops
 from trainer.loop import Due, Hooks, Loop, Progress
 from trainer.machine import MACHINE_FILE, machine_facts
 from trainer.metrics import JsonlSink, Metrics
@@ -131,7 +131,9 @@ def make_loop(parts: Parts, folder: CheckpointFolder, metrics: Metrics, stop: St
         world=parts.world,
         due=Due(recipe.logging.every, recipe.eval.every, recipe.checkpoint.every),
         hooks=hooks,
-        throughput=Throughput(parts.world.size),
+        throughput=Throughput(
+            parts.world.size, flops_per_token=parts.flops_per_token, peak_tflops=peak_tflops()
+        ),
         patience=recipe.eval.patience,
     )
 

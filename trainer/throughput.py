@@ -8,6 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import mlx.core as mx
+import mlx.nn as nn
+
+import comm
+from parallel import StepTimes, bubble_pct
+from parallel.wrapper import parallel_state
 
 GIB = 2**30
 
@@ -99,3 +104,42 @@ def memory_row() -> dict[str, float]:
         "memory/active_gib": mx.get_active_memory() / GIB,
         "memory/cache_gib": mx.get_cache_memory() / GIB,
     }
+
+
+def communication_row(
+    times: StepTimes, usual_compute: list[float], model: nn.Module, world: comm.Group
+) -> dict[str, float]:
+    """The `comm/*` keys of one step that was measured in phases. Every rank must call it.
+
+    Args:
+        times: of that step.
+        usual_compute: seconds for loss and gradients in the undisturbed steps before it; none = no exposed share.
+        model: the wrapped model.
+        world: all ranks.
+
+    Returns:
+        `comm/allreduce_s`: seconds that summing gradients takes when nothing else runs.
+        `comm/rank_skew_s`: the longest wait of a rank for the slowest one.
+        `comm/exposed_pct`: share of an undisturbed step's gradient time in which communication is not hidden.
+        `comm/bytes_per_step`, `comm/bus_gb_per_s`: bytes that one replica sums, and the bandwidth of each link
+        that a ring would need for that (NCCL's bus bandwidth, 2 (n - 1) / n of the bytes).
+        `pp/bubble_pct` with a pipeline. What does not apply is absent.
+    """
+    seconds = times.seconds
+    row = {"comm/rank_skew_s": world.all_max(mx.array(seconds["skew"])).item()}
+    state = parallel_state(model)
+    if "pp" in state.groups:
+        row["pp/bubble_pct"] = bubble_pct(model)
+    if usual_compute:
+        usual = sum(usual_compute) / len(usual_compute)
+        row["comm/exposed_pct"] = 100.0 * min(1.0, max(0.0, usual - seconds["local"]) / usual)
+    messages = [fusion for fusion in state.fusions if fusion.group.size > 1]
+    if messages:
+        num_bytes = sum(fusion.message_bytes for fusion in messages)
+        share = 2.0 * (messages[0].group.size - 1) / messages[0].group.size
+        row |= {
+            "comm/allreduce_s": seconds["reduce"],
+            "comm/bytes_per_step": num_bytes,
+            "comm/bus_gb_per_s": share * num_bytes / seconds["reduce"] / 1e9,
+        }
+    return row
