@@ -156,9 +156,11 @@ def _active_share(path: str, model: nn.Module) -> float:
     """Of a stack of experts the share that one token visits, else 1."""
     module = _at(model, path)
     stacked = module.lora_a if "lora_a" in module else module.weight
-    if stacked.ndim != 3:
+    experts = module.linear if "linear" in module else module
+    # A stack of another kind, such as one matrix per head (multi-head latent attention), is used whole.
+    if stacked.ndim != 3 or not hasattr(experts, "num_experts"):
         return 1.0
-    num_experts = module.linear.num_experts if "linear" in module else module.num_experts
+    num_experts = experts.num_experts
     for above in _above(path, model):
         chosen = next((getattr(above, name) for name in ("top_k", "num_experts_per_tok") if hasattr(above, name)), None)
         if chosen is not None:
