@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+OPENBLAS = Path("/usr/lib/x86_64-linux-gnu/openblas-pthread/libblas.so.3")  # see conftest.py
 GRACE_SECONDS = 3.0  # for the other ranks to report, once one has failed
 
 
@@ -100,6 +101,8 @@ def reserve_ports(num_ports: int) -> list[socket.socket]:
 def _environment() -> dict[str, str]:
     launched = ("MLX_", "OMPI_", "PMIX_", "PRTE_", "COMM_", "JACCL_")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(launched)}
+    if OPENBLAS.exists():
+        kept["LD_PRELOAD"] = str(OPENBLAS)
     return {
         **kept,
         "OPENBLAS_NUM_THREADS": "1",
