@@ -18,7 +18,7 @@ from typing import Any
 from unittest import mock
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 
 # Between a marker and the array that it stands for.

@@ -9,19 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from operator import attrgetter
 
-from trainer.config import (
-    DataConfig,
-    EvalConfig,
-    LoraConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    Recipe,
-    ScheduleConfig,
-    WandbConfig,
-)
-from trainer.problems import Problem, RecipeError, listing
+from trainer.config import ParallelConfig, Recipe
+from trainer.problems import Problem, RecipeError, listing, show
 
 AXES = ("dp_replicate", "dp_shard", "pp", "tp")
 
@@ -110,7 +101,7 @@ def resolve_batch(recipe: Recipe, dp: int) -> BatchSizes:
 
 def check(recipe: Recipe) -> list[Problem]:
     """Combinations that cannot run, whatever the number of ranks."""
-    return [*_check_model(recipe), *_check_data(recipe), *_check_sizes(recipe)]
+    return [*_check_model(recipe), *_check_data(recipe), *_check_sizes(recipe), *_check_mesh(recipe)]
 
 
 def _check_model(recipe: Recipe) -> Iterator[Problem]:
@@ -204,6 +195,9 @@ def _check_sizes(recipe: Recipe) -> Iterator[Problem]:
             f"has {len(recipe.optimizer.betas)} numbers",
             "two, such as [0.9, 0.999]",
         )
+
+
+def _check_mesh(recipe: Recipe) -> Iterator[Problem]:
     sizes = {axis: getattr(recipe.parallel, axis) for axis in AXES}
     open_axes = [axis for axis, size in sizes.items() if size == -1]
     for axis in [axis for axis, size in sizes.items() if size == 0]:
@@ -228,76 +222,44 @@ def _check_sizes(recipe: Recipe) -> Iterator[Problem]:
 
 def warnings(recipe: Recipe) -> list[str]:
     """Settings that have no effect in this recipe, one sentence each."""
-    return [f"{path} = {value} has no effect {why}" for path, value, why in _without_effect(recipe)]
+    found = []
+    defaults = Recipe()
+    for keys, why in _ignored(recipe):
+        for key in keys:
+            value = attrgetter(key)(recipe)
+            if value != attrgetter(key)(defaults):
+                found.append(f"{key} = {show(value)} has no effect {why}")
+    steps, warmup = recipe.max_steps, recipe.schedule.warmup_steps
+    if steps is not None and warmup >= steps:
+        found.append(
+            f"schedule.warmup_steps = {warmup} leaves no step at the full learning rate: max_steps is {steps}"
+        )
+    return found
 
 
-def _without_effect(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
+def _ignored(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Keys that nothing reads in this recipe, and why."""
     if recipe.max_steps is not None:
-        yield from _changed("", recipe, Recipe(), ("epochs",), "because max_steps is set")
-        if recipe.schedule.warmup_steps >= recipe.max_steps:
-            yield (
-                "optimizer.lr",
-                recipe.optimizer.lr,
-                f"at its full height: the warmup is as long as max_steps({recipe.max_steps})",
-            )
+        yield ("epochs",), "because max_steps is set"
     if recipe.method == "full":
         names = ("rank", "alpha", "dropout", "targets", "num_layers", "init_from")
-        yield from _changed("lora.", recipe.lora, LoraConfig(), names, "with method: full")
+        yield tuple(f"lora.{name}" for name in names), "with method: full"
     elif recipe.lora.init_from:
-        yield from _changed(
-            "lora.",
-            recipe.lora,
-            LoraConfig(),
-            ("rank", "alpha", "targets"),
-            "because lora.init_from decides it",
-        )
+        yield ("lora.rank", "lora.alpha", "lora.targets"), "because lora.init_from decides it"
     if recipe.data.valid is not None:
-        yield from _changed(
-            "data.", recipe.data, DataConfig(), ("val_fraction",), "because data.valid is set"
-        )
+        yield ("data.val_fraction",), "because data.valid is set"
     if recipe.eval.generate == 0 and not recipe.eval.exact_match:
-        yield from _changed(
-            "eval.",
-            recipe.eval,
-            EvalConfig(),
-            ("max_new_tokens",),
-            "without eval.generate or eval.exact_match",
-        )
+        yield ("eval.max_new_tokens",), "without eval.generate or eval.exact_match"
     if recipe.logging.wandb.project is None:
-        yield from _changed(
-            "logging.wandb.",
-            recipe.logging.wandb,
-            WandbConfig(),
-            ("name", "mode"),
-            "without logging.wandb.project",
-        )
+        yield ("logging.wandb.name", "logging.wandb.mode"), "without logging.wandb.project"
     if recipe.schedule.name == "constant":
-        yield from _changed(
-            "schedule.", recipe.schedule, ScheduleConfig(), ("min_lr_ratio",), "with schedule.name: constant"
-        )
+        yield ("schedule.min_lr_ratio",), "with schedule.name: constant"
     if recipe.parallel.pp == 1:
-        yield from _changed(
-            "parallel.", recipe.parallel, ParallelConfig(), ("schedule", "split"), "with parallel.pp: 1"
-        )
+        yield ("parallel.schedule", "parallel.split"), "with parallel.pp: 1"
     ignored = {
         "adam": ("weight_decay",),
         "sgd": ("betas", "eps", "bias_correction"),
         "lion": ("eps", "bias_correction"),
         "adafactor": ("betas", "eps", "bias_correction"),
     }.get(recipe.optimizer.name, ())
-    yield from _changed(
-        "optimizer.",
-        recipe.optimizer,
-        OptimizerConfig(),
-        ignored,
-        f"with optimizer.name: {recipe.optimizer.name}",
-    )
-
-
-def _changed(
-    prefix: str, section: Any, defaults: Any, names: tuple[str, ...], why: str
-) -> Iterator[tuple[str, Any, str]]:
-    """The named keys of a section that are not at their default."""
-    for name in names:
-        if getattr(section, name) != getattr(defaults, name):
-            yield f"{prefix}{name}", getattr(section, name), why
+    yield tuple(f"optimizer.{name}" for name in ignored), f"with optimizer.name: {recipe.optimizer.name}"
