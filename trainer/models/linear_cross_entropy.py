@@ -6,6 +6,7 @@ gradient are made in one go in the forward pass, from one exponential per logit,
 Letters: B rows of a batch, L tokens, D hidden dims, V vocabulary (this rank's part of it).
 """
 
+import math
 from collections.abc import Callable
 
 import mlx.core as mx
@@ -17,7 +18,7 @@ from parallel.heads import Head
 from trainer.models.elementwise import exp
 
 # Logits of one chunk, in numbers. A CPU gains nothing from more; a GPU needs large matrix products.
-CPU_LOGITS, GPU_LOGITS = 2**24, 2**26
+CPU_LOGITS, GPU_LOGITS = 2**21, 2**26
 
 
 def linear_cross_entropy(
@@ -38,7 +39,7 @@ def linear_cross_entropy(
         targets: (B, L) int token ids of the whole vocabulary.
         mask: (B, L) bool, False where a token does not count.
         num_rows: how many of the B * L rows to keep; at least as many as True entries. Default: read from ``mask``, rounded up to
-            whole chunks. Needed only inside ``mx.compile``, where a mask cannot be read.
+            one of eight sizes. Needed only inside ``mx.compile``, where a mask cannot be read.
         with_gradients: False leaves out the gradients' work (evaluation); the result then has no gradient.
 
     Returns:
@@ -47,10 +48,10 @@ def linear_cross_entropy(
     """
     total = targets.size
     rows, targets, weights = hidden.reshape(total, -1), targets.reshape(total), mask.reshape(total)
-    chunk = _chunk_rows(total, _Projection(head)(rows[:1]).shape[-1])
+    chunk = _chunk_rows(_Projection(head)(rows[:1]).shape[-1])
     if num_rows is None:
-        num_rows = mx.sum(weights, stream=mx.cpu).item()
-    num_rows = min(total, -(-max(num_rows, 1) // chunk) * chunk)
+        step = _whole_64s(total / 8)
+        num_rows = min(total, -(-max(mx.sum(weights, stream=mx.cpu).item(), 1) // step) * step)
     if num_rows < total:
         chosen = mx.argsort(mx.logical_not(weights))[:num_rows]
         rows, targets, weights = rows[chosen], targets[chosen], weights[chosen]
@@ -59,11 +60,14 @@ def linear_cross_entropy(
     return run(rows, *arrays)[0], mask.sum()
 
 
-def _chunk_rows(total: int, vocabulary: int) -> int:
-    """Rows of a chunk: few enough for the logits' budget, and for an eighth of all rows (so that dropping rows pays), whole 64s."""
+def _chunk_rows(vocabulary: int) -> int:
+    """Rows of a chunk whose logits stay within the device's budget."""
     budget = CPU_LOGITS if mx.default_device() == mx.cpu else GPU_LOGITS
-    rows = min(budget // vocabulary, -(-total // 8))
-    return min(total, max(64, rows // 64 * 64))
+    return max(64, budget // vocabulary // 64 * 64)
+
+
+def _whole_64s(rows: float) -> int:
+    return max(64, math.ceil(rows / 64) * 64)
 
 
 class _Projection:
