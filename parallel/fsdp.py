@@ -29,8 +29,8 @@ class FullyShardedDataParallel(Wrapper):
     Every array is divided along its first dimension (padded with zeros where the ranks do not divide it), so
     optimizer state is divided too. Gradients are slices, summed over the ranks; `parallel.value_and_grad`
     divides them by the token count of all ranks, `nn.value_and_grad` leaves that out. Arrays keep their dtypes,
-    quantized ones too. Adapters may be in place already, or be added later and are then replicated. Load the
-    model with `lazy=True`: a rank then never holds more than its slices and one tensor.
+    quantized ones too. Adapters go in before; later ones would take their sizes from slices. Load the model
+    with `lazy=True`: a rank then never holds more than its slices and one tensor.
 
     Args:
         module: the model; the same object is returned.
@@ -56,12 +56,13 @@ class FullyShardedDataParallel(Wrapper):
             _shard_arrays(unit, group)
             unit.sharding_unit = Unit(path, group, state.phases, reshard_after_forward, wire_dtype)
             _extend_leaves(unit)
-            unit.__class__ = type(f"FullySharded{type(unit).__name__}", (ShardedUnit, type(unit)), {"__module__": __name__})
+            name = f"FullySharded{type(unit).__name__}"
+            unit.__class__ = type(name, (ShardedUnit, type(unit)), {"__module__": __name__})
         state.loss_groups.append(group)
         state.reducers.append(self._sum_replicated)
 
     def _sum_replicated(self, grads: Any) -> Any:
-        """Gradients of arrays that are not divided (adapters added later) summed over the ranks."""
+        """Gradients of arrays that are not divided (scalars) summed over the ranks."""
         layout, group = model_layout(self), self.parallel_state.groups["dp_shard"]
 
         def is_divided(name: str) -> bool:

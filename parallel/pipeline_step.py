@@ -42,7 +42,8 @@ class PipelineStep:
         stage = self.stage
         rank, size, count = stage.group.rank, stage.group.size, len(self.micro_batches)
         if count < size and rank == 0:
-            warnings.warn(f"{count} micro-batches for {size} pipeline stages leave stages idle; use more.", stacklevel=4)
+            text = f"{count} micro-batches for {size} pipeline stages leave stages idle; use more."
+            warnings.warn(text, stacklevel=4)
         stage.busy_seconds, started = 0.0, time.perf_counter()
         for kind, i in plan_actions(stage.schedule, rank, size, count):
             getattr(self, kind)(i)

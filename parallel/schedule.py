@@ -35,7 +35,8 @@ def plan_actions(schedule: str, rank: int, num_stages: int, num_micro_batches: i
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule is {schedule!r}; it must be one of {', '.join(sorted(SCHEDULES))}.")
-    ends = {"recv_activation": 0, "send_gradient": 0, "send_activation": num_stages - 1, "recv_gradient": num_stages - 1}
+    last = num_stages - 1
+    ends = {"recv_activation": 0, "send_gradient": 0, "send_activation": last, "recv_gradient": last}
     actions = SCHEDULES[schedule](rank, num_stages, num_micro_batches)
     # The ends of the pipeline have nobody to talk to.
     return [action for action in actions if ends.get(action.kind) != rank]

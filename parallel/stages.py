@@ -128,7 +128,8 @@ def check_stages(model: nn.Module) -> None:
     core = getattr(text_model(model), "model", None)
     known = {*STAGED, *(f"{name}_text" for name in STAGED)}
     if model_type not in known or output_head(model) is None or core is None:
-        raise ValueError(f"PipelineParallel cannot cut model_type {model_type!r}; it can cut {', '.join(sorted(STAGED))}.")
+        possible = ", ".join(sorted(STAGED))
+        raise ValueError(f"PipelineParallel cannot cut model_type {model_type!r}; it can cut {possible}.")
 
 
 def cut_model(model: nn.Module, own: range, num_layers: int) -> Passage:
@@ -166,7 +167,9 @@ def even_split(num_layers: int, num_stages: int) -> list[int]:
     return [least + (stage < more) for stage in range(num_stages)]
 
 
-def memory_split(layer_bytes: Sequence[int], first_bytes: int, last_bytes: int, memory_bytes: Sequence[int]) -> list[int]:
+def memory_split(
+    layer_bytes: Sequence[int], first_bytes: int, last_bytes: int, memory_bytes: Sequence[int]
+) -> list[int]:
     """Layers per stage so that the fullest machine is as little full as can be; every stage has at least one.
 
     Args:

@@ -8,7 +8,7 @@ from mesh_cases import Case
 from ranks import ROOT
 
 HERE = Path(__file__).parent
-PATHS = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "tensor_parallel", HERE)))
+PATHS = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "tensor_parallel", ROOT / "tests" / "comm", HERE)))
 TIMEOUT_SECONDS = 300
 CHECKS = [
     "generation",
@@ -62,6 +62,7 @@ LAUNCHES = {
             Case("qwen3_5", "full", pp=3, num_steps=20),
             Case("llama", "full", pp=3, split=(1, 1, 2), schedule="gpipe"),
         ],
+        checks=["uneven_on_other_backends", "recomputed_layers"],
     ),
     "ring of four": Launch(
         4,

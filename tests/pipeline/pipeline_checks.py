@@ -11,11 +11,13 @@ from mesh_cases import micro_batches, rows_of
 from mlx.utils import tree_flatten
 from mlx_lm.generate import stream_generate
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from fake import fake_group
 from tensor_cases import loss_fn, relative_error
 from tensor_models import make_model
 
 import comm
 from parallel import (
+    FullyShardedDataParallel,
     PipelineParallel,
     bubble_pct,
     evaluate,
@@ -214,3 +216,33 @@ def stages_differ_in_optimizer(group: comm.Group) -> float:
     weight = model.model.embed_tokens.weight if ends else mx.zeros((128, 64))
     rows = group.all_gather(weight[None])
     return mx.abs(rows[0] - rows[-1]).max().item()
+
+
+def sharded_errors(group: comm.Group, model: nn.Module, right: nn.Module) -> float:
+    """Largest gradient error of a sharded model whose ranks share six rows."""
+    rows = {k: v[:6] for k, v in rows_of(0).items()}
+    mine = {k: v[group.rank :: group.size] for k, v in rows.items()}
+    expected = gradients_of(right, loss_fn, [rows])
+    found = dict(gather_tensors(model_layout(model), gradients_of(model, loss_fn, [mine]).items()))
+    assert found.keys() == expected.keys(), "other parameters are trained"
+    return max(relative_error(found[name], grad) for name, grad in expected.items())
+
+
+def uneven_on_other_backends(group: comm.Group) -> dict[str, float]:
+    """Sharded weights whose first dimensions three ranks do not divide, on this backend and on fakes of others."""
+    groups = {group.backend: group, "nccl": fake_group(group, "nccl"), "jaccl": fake_group(group, "jaccl")}
+    return {
+        name: sharded_errors(other, FullyShardedDataParallel(make_model("qwen3"), other), make_model("qwen3"))
+        for name, other in groups.items()
+    }
+
+
+def recomputed_layers(group: comm.Group) -> dict[str, float]:
+    """Sharded weights with layers that are computed again, in both settings."""
+    errors = {}
+    for reshard in (True, False):
+        model = FullyShardedDataParallel(make_model("qwen3_moe"), group, reshard_after_forward=reshard).train()
+        checkpoint_layers(model.layers)
+        errors[str(reshard)] = sharded_errors(group, model, make_model("qwen3_moe"))
+    return errors
+

@@ -37,3 +37,12 @@ def test_each_layer_is_on_one_stage(launched: Any, launch: str, case: Case) -> N
     expected = case.num_ranks // case.pp
     wrong = {name: n for name, n in copies.items() if n != expected and "embed_tokens" not in name}
     assert not wrong, f"parameters on more or fewer than {expected} ranks: {wrong}"
+
+
+def test_sharded_weights_on_three_ranks(launched: Any) -> None:
+    """Catches rows lost in padding, a reliance on what one backend has, and a recompute that reads slices or loses gradients."""
+    for rank, result in enumerate(launched("ring of three")):
+        found = result["checks"]
+        assert sorted(found["uneven_on_other_backends"]) == ["jaccl", "nccl", "ring"]
+        errors = [*found["uneven_on_other_backends"].values(), *found["recomputed_layers"].values()]
+        assert max(errors) < 1e-5, f"rank {rank}: {found}"
