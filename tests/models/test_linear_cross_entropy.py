@@ -10,7 +10,7 @@ from parallel.heads import Head
 from trainer.models import linear_cross_entropy as module_under_test
 from trainer.models.linear_cross_entropy import linear_cross_entropy
 
-B, L, D, V = 2, 150, 64, 96
+B, L, D, V = 2, 350, 64, 96
 
 
 def lora(base):
@@ -109,6 +109,7 @@ def test_extreme_logits():
 def test_memory_stays_at_one_chunk(monkeypatch):
     """Catches chunks that are all alive at once: with 32 times the rows of a chunk, the peak is a few chunks' logits."""
     monkeypatch.setattr(module_under_test, "CPU_LOGITS", 64 * 8192)
+    monkeypatch.setattr(module_under_test, "MIN_ROWS", 64)
     mx.random.seed(0)
     head = Head(nn.Embedding(8192, 16), tied=True)
     head.module.freeze()

@@ -17,8 +17,8 @@ import comm
 from parallel.heads import Head
 from trainer.models.elementwise import exp
 
-# Logits of one chunk, in numbers. A CPU gains nothing from more; a GPU needs large matrix products.
-CPU_LOGITS, GPU_LOGITS = 2**21, 2**26
+# Logits of one chunk, in numbers, and its fewest rows: with less, reading the head's weights takes longer than multiplying.
+CPU_LOGITS, GPU_LOGITS, MIN_ROWS = 2**21, 2**26, 128
 
 
 def linear_cross_entropy(
@@ -61,9 +61,9 @@ def linear_cross_entropy(
 
 
 def _chunk_rows(vocabulary: int) -> int:
-    """Rows of a chunk whose logits stay within the device's budget."""
+    """Rows of a chunk whose logits stay within the device's budget, but at least ``MIN_ROWS``."""
     budget = CPU_LOGITS if mx.default_device() == mx.cpu else GPU_LOGITS
-    return max(64, budget // vocabulary // 64 * 64)
+    return max(MIN_ROWS, budget // vocabulary // 64 * 64)
 
 
 def _whole_64s(rows: float) -> int:
