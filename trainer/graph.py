@@ -72,9 +72,7 @@ def trace(function: Callable[..., list[mx.array]], arguments: Sequence[mx.array]
     stand_ins = _StandIns()
 
     def with_backward_passes(*arrays: mx.array) -> list[mx.array]:
-        with mock.patch.multiple(
-            mx, custom_function=stand_ins.custom_function, checkpoint=stand_ins.checkpoint
-        ):
+        with mock.patch.multiple(mx, **stand_ins.functions):
             results = function(*arrays)
         # These first: a marker's own operation is then listed before its gradient.
         return [*stand_ins.kept, *results]
@@ -130,6 +128,15 @@ class _StandIns:
         self.calls: list[_Call] = []
         self.kept: list[mx.array] = []
         self.num_codes = 0
+
+    @property
+    def functions(self) -> dict[str, Callable]:
+        """Name in `mlx.core` to what takes its place."""
+        return {
+            "custom_function": self.custom_function,
+            "checkpoint": self.checkpoint,
+            "contiguous": _contiguous,
+        }
 
     def custom_function(self, function: Callable) -> _CustomFunction:
         """Stands in for `mx.custom_function`."""
@@ -195,12 +202,9 @@ class _CustomFunction:
         made_up, cotangent_codes = zip(*(self._cotangent(array) for array in flat), strict=True)
 
         def like_outputs(arrays: Iterable[mx.array]) -> Any:
-            arrays = list(arrays)
-            return (
-                arrays[0]
-                if isinstance(outputs, mx.array)
-                else tree_unflatten(list(zip(paths, arrays, strict=True)))
-            )
+            if isinstance(outputs, mx.array):
+                return next(iter(arrays))
+            return tree_unflatten(list(zip(paths, arrays, strict=True)))
 
         primals = tuple(mx.stop_gradient(arg) for arg in args)
         gradients = self.backward(
@@ -225,7 +229,7 @@ class _CustomFunction:
         return like_outputs(results)
 
     def _cotangent(self, array: mx.array) -> tuple[mx.array, int]:
-        """A made-up cotangent that needs no memory; a stop_gradient marks where it is ready."""
+        """A made-up cotangent that needs no memory, and its code."""
         marked, code = self.stand_ins.marked(mx.array(0.0))
         return mx.stop_gradient(mx.broadcast_to(marked.astype(array.dtype), array.shape)), code
 
@@ -337,6 +341,11 @@ class _Splice:
         while name in self.renamed:
             name = self.renamed[name]
         return name
+
+
+def _contiguous(array: mx.array, *_: Any, **__: Any) -> mx.array:
+    """Stands in for `mx.contiguous`, which cannot be exported: flattening copies when rows are out of order."""
+    return array.reshape(-1).reshape(array.shape)
 
 
 def _is_float(array: mx.array) -> bool:

@@ -218,6 +218,16 @@ def _check_mesh(recipe: Recipe) -> Iterator[Problem]:
             f"{sizes['pp']} counts",
             about=("parallel.pp",),
         )
+    backend = recipe.parallel.backend
+    carrier = backend.get("pp", backend.get("default", "any")) if isinstance(backend, dict) else backend
+    if sizes["pp"] > 1 and carrier == "nccl":
+        yield Problem(
+            "parallel.backend",
+            backend,
+            f"a pipeline of {sizes['pp']} stages sends from rank to rank, which nccl cannot",
+            "ring, jaccl, mpi or any for the axis pp, such as {pp: ring, default: nccl}",
+            about=("parallel.pp",),
+        )
 
 
 def warnings(recipe: Recipe) -> list[str]:

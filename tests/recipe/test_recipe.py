@@ -162,6 +162,8 @@ def test_nearest_known_key(key, meant):
         ({"parallel": {"tp": 0}}, "parallel.tp"),
         ({"parallel": {"tp": -1}}, "parallel.tp"),
         ({"parallel": {"pp": 2, "split": [4, 4, 4]}}, "parallel.split"),
+        ({"parallel": {"pp": 2, "backend": "nccl"}}, "parallel.backend"),
+        ({"parallel": {"pp": 2, "backend": {"default": "nccl"}}}, "parallel.backend"),
         ({"lora": {"targets": "all-linaer"}}, "lora.targets"),
         ({"model": {"path": "a/b", "quantize": {"bits": 7}}}, "model.quantize.bits"),
         ({"model": {"path": "a/b", "quantize": {}}, "method": "full"}, "model.quantize"),
