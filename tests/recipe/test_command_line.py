@@ -2,9 +2,9 @@
 
 import dataclasses
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -178,11 +178,10 @@ def test_answers_at_once_without_heavy_imports(words):
 
 
 def test_help_and_validate_take_less_than_0_7_seconds():
-    """A slow start. The best of three, because the machine has other work."""
+    """A slow start. Counted in processor time, because the machine may have other work."""
     for words in (["--help"], ["validate", "recipes/qwen-9b-lora.yaml"]):
-        seconds = []
-        for _ in range(3):
-            start = time.perf_counter()
-            assert python("-m", "trainer", *words).returncode == 0
-            seconds.append(time.perf_counter() - start)
-        assert min(seconds) < 0.7, f"{words} took {min(seconds):.2f} s"
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert python("-m", "trainer", *words).returncode == 0
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        assert seconds < 0.7, f"{words} took {seconds:.2f} s"
