@@ -5,6 +5,7 @@ import math
 import signal
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +85,11 @@ def train(recipe: Recipe, world: comm.Group, stop: Stop, notices: list[str]) -> 
     folder = CheckpointFolder(output_dir and output_dir / "checkpoints", recipe.checkpoint.keep_last)
     found = resume.find(recipe, folder, world, notices.append)
     recipe, batch_dp = resume.keep_global_batch(recipe, found, resolve_mesh(recipe.parallel, world.size).dp)
-    parts = build(recipe, world, notices.append, batch_dp)
-    require_same(world, parts.digests())
-    progress = resume.restore(parts, found, notices.append)
+    # A rank may take long over these; none is given up as hanging meanwhile.
+    with world.progress.long_phase("loading"):
+        parts = build(recipe, world, notices.append, batch_dp)
+        require_same(world, parts.digests())
+        progress = resume.restore(parts, found, notices.append)
     if progress.step >= parts.total_steps:
         _say_finished(recipe, world, progress)
         return 0
@@ -98,7 +101,8 @@ def train(recipe: Recipe, world: comm.Group, stop: Stop, notices: list[str]) -> 
             loop.hooks.evaluate(0)
         number = loop.run(progress)
         if not number:
-            write_result(parts, output_dir)
+            with world.progress.long_phase("saving"):
+                write_result(parts, output_dir)
     except BaseException:
         metrics.abandon()
         raise
@@ -117,7 +121,7 @@ def make_loop(parts: Parts, folder: CheckpointFolder, metrics: Metrics, stop: St
         log=metrics.log,
         advance=metrics.advance,
         evaluate=_evaluation(parts, metrics),
-        save=lambda progress: resume.save(parts, folder, progress),
+        save=partial(_save, parts, folder),
         stop_signal=stop.requested,
     )
     return Loop(
@@ -158,13 +162,19 @@ def write_result(parts: Parts, output_dir: Path | None) -> None:
         write_model(folder, tensors, parts.base.config, parts.tokenizer, source=source_folder(parts.recipe.model))
 
 
+def _save(parts: Parts, folder: CheckpointFolder, progress: Progress) -> None:
+    with parts.world.progress.long_phase("saving"):
+        resume.save(parts, folder, progress)
+
+
 def _evaluation(parts: Parts, metrics: Metrics) -> Callable[[int], dict[str, float]]:
     if parts.splits.valid is None:
         return lambda step: {}
     evaluator = parts.evaluator(parts.splits.valid)
 
     def evaluate(step: int) -> dict[str, float]:
-        measured, answers = evaluator.run()
+        with parts.world.progress.long_phase("evaluation"):
+            measured, answers = evaluator.run()
         metrics.log({"train/global_step": step} | measured)
         if answers:
             metrics.samples(step, [answer.as_sample() for answer in answers])
