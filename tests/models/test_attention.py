@@ -1,6 +1,7 @@
 """Blockwise attention against softmax over a full score matrix: values, gradients, and memory."""
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from trainer.models.attention import blockwise_attention
@@ -64,6 +65,15 @@ def test_segments(keep, window):
     """Catches documents that see their neighbours, in rows with different borders."""
     segments = mx.array([[1] * 20 + [2] * 13 + [3] * 17, [1] * 41 + [0] * 9])
     assert_equal(arrays(2, 4, 2, 50, 8, 8), segments=segments, window=window, block_size=16, keep=keep)
+
+
+def test_starts_skip_keys():
+    """Catches skipped keys that a later row's document still needs."""
+    segments = mx.array([[1] * 20 + [2] * 13 + [3] * 17, [1] * 25 + [2] * 25])
+    starts = np.array([0] * 25 + [20] * 8 + [25] * 17)
+    data = arrays(2, 4, 2, 50, 8, 8)[:3]
+    skipping = blockwise_attention(*data, scale=0.3, segments=segments, starts=starts, block_size=16)
+    assert mx.abs(skipping - reference(*data, scale=0.3, segments=segments)).max().item() < 1e-5
 
 
 def test_large_scores():

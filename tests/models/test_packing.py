@@ -7,7 +7,7 @@ from test_prepare import assert_same, loss_and_grads
 from tiny import CONFIGS, make
 
 from trainer.models.prepare import prepare_for_training
-from trainer.models.segments import PACKING_PROVEN, AttentionSegments, packing_supported, segment_caches
+from trainer.models.segments import PACKING_PROVEN, packing_supported, segment_caches
 
 ARCHITECTURES = [name for name in CONFIGS if name in PACKING_PROVEN]
 
@@ -71,12 +71,19 @@ def test_unproven_architecture_refuses():
     assert "RoPE" in packing_supported(dynamic)
 
 
-def test_window_of_the_longest_document():
-    """Catches a window that cuts a document, and one that ignores how short the documents are."""
+def test_keys_before_every_document_are_skipped():
+    """Catches a start that cuts a document in one of the rows, and one that skips nothing."""
     layers = make("llama").layers
     segments = mx.array([[1] * 100 + [2] * 412, [1] * 129 + [2] * 129 + [0] * 254])
-    assert segment_caches(layers, segments)[0].longest == 512
-    assert segment_caches(layers, segments[1:, :258])[0].longest == 256
-    assert AttentionSegments(segments, 256).make_mask(512, window_size=128).window == 128
-    assert AttentionSegments(segments, 256).make_mask(512).window == 256
-    assert AttentionSegments(segments, 512).make_mask(512).window is None
+    starts = segment_caches(layers, segments)[0].starts
+    assert [int(starts[t]) for t in (0, 99, 100, 128, 129, 257, 258, 511)] == [0, 0, 0, 0, 64, 64, 64, 64]
+    assert int(segment_caches(layers, segments[1:])[0].starts[511]) == 256
+
+
+def test_windows_and_starts_together():
+    """Catches a window that is lost in packed rows."""
+    segments = mx.array([[1] * 100 + [2] * 412])
+    cache = segment_caches(make("llama").layers, segments)[0]
+    assert cache.make_mask(512, window_size=128).window == 128
+    assert cache.make_mask(512).window is None
+    assert cache.make_mask(512).starts is cache.starts

@@ -10,6 +10,7 @@ Letters: B rows, H query heads, G key heads, R = H / G, T tokens, D dims of a he
 from dataclasses import dataclass
 
 import mlx.core as mx
+import numpy as np
 
 from trainer.models.elementwise import exp
 
@@ -28,14 +29,17 @@ class Visibility:
     Attributes:
         window: number of keys a query sees, itself included; None = all before it.
         segments: (B, T) document numbers, or None.
+        starts: for each query a key before which neither it nor a later one sees any; None = 0.
     """
 
     window: int | None = None
     segments: mx.array | None = None
+    starts: np.ndarray | None = None
 
     def first_key(self, first_query: int) -> int:
-        """The earliest key that any query from ``first_query`` on can see."""
-        return 0 if self.window is None else max(0, first_query - self.window + 1)
+        """A key before which no query from ``first_query`` on sees any."""
+        start = 0 if self.starts is None else int(self.starts[first_query])
+        return start if self.window is None else max(start, first_query - self.window + 1)
 
     def bias(self, queries: slice, keys: slice, repeats: int) -> mx.array:
         """0 or a very negative number to add to the scores: (1 or B, 1, repeats * queries, keys), float32."""
@@ -70,6 +74,7 @@ def blockwise_attention(
     scale: float,
     window: int | None = None,
     segments: mx.array | None = None,
+    starts: np.ndarray | None = None,
     block_size: int | None = None,
     keep: bool | None = None,
 ) -> mx.array:
@@ -81,6 +86,7 @@ def blockwise_attention(
         scale: factor on the scores.
         window: number of keys a query sees, itself included. Default: all.
         segments: (B, T) int; a query sees only keys with its own number.
+        starts: (T,) what the caller knows of where documents begin, to skip keys: see :class:`Visibility`. Default: nothing.
         block_size: queries of a block. Default: :func:`default_block_size`.
         keep: whether the backward pass finds the probabilities or makes them again. Default: :func:`keeps_probabilities`.
 
@@ -92,7 +98,7 @@ def blockwise_attention(
     blocks = _Blocks(
         repeats=H // keys.shape[1],
         scale=scale,
-        visible=Visibility(None if window is None or window >= T else window, segments),
+        visible=Visibility(None if window is None or window >= T else window, segments, starts),
         size=block_size or default_block_size(B * H, num_keys),
         keep=keeps_probabilities(num_keys) if keep is None else keep,
     )

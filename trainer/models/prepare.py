@@ -61,11 +61,12 @@ def attention(
     """
     num_tokens = queries.shape[2]
     if isinstance(mask, str):
-        mask = TrainingMask(None, None)
+        mask = TrainingMask()
     if isinstance(mask, TrainingMask):
         plain = mask.window is None and mask.segments is None
         if sinks is None and num_tokens == keys.shape[2] and not (plain and mx.cuda.is_available()):
-            return blockwise_attention(queries, keys, values, scale=scale, window=mask.window, segments=mask.segments)
+            seen = dict(window=mask.window, segments=mask.segments, starts=mask.starts)
+            return blockwise_attention(queries, keys, values, scale=scale, **seen)
         mask = "causal" if plain else mask.array(num_tokens)
     return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
 

@@ -15,8 +15,8 @@ import numpy as np
 PACKING_PROVEN = frozenset(
     ("gemma3_text", "llama", "mistral", "qwen2", "qwen3", "qwen3_5", "qwen3_5_moe", "qwen3_5_text", "qwen3_moe", "qwen3_next")
 )
-# The window that a batch's longest document sets is rounded up to this, so that few shapes occur.
-WINDOW_STEP = 128
+# Where documents begin is rounded down to this, so that few shapes occur.
+START_STEP = 64
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,12 @@ class TrainingMask:
     Attributes:
         window: keys a query sees at most, itself included; None = all.
         segments: (B, T) document numbers, or None.
+        starts: for each of the T tokens a key before which neither it nor any later token sees one, in no row; None = 0.
     """
 
-    window: int | None
-    segments: mx.array | None
+    window: int | None = None
+    segments: mx.array | None = None
+    starts: np.ndarray | None = None
 
     def array(self, num_tokens: int) -> mx.array:
         """(B or 1, 1, T, T) bool, True where the key is seen."""
@@ -48,18 +50,18 @@ class AttentionSegments:
 
     Attributes:
         segments: (B, T) document numbers, or None for one document a row.
-        longest: an upper bound on the documents' lengths, or None.
+        starts: as in :class:`TrainingMask`.
         positions: (B, T) each token's place in its document, or None.
     """
 
     segments: mx.array | None = None
-    longest: int | None = None
+    starts: np.ndarray | None = None
     positions: mx.array | None = None
 
     def make_mask(self, num_tokens: int, return_array: bool = False, window_size: int | None = None) -> TrainingMask | mx.array:
         """The mask of a layer with this window."""
-        limits = [limit for limit in (window_size, self.longest) if limit is not None and limit < num_tokens]
-        mask = TrainingMask(min(limits, default=None), self.segments)
+        window = window_size if window_size is not None and window_size < num_tokens else None
+        mask = TrainingMask(window, self.segments, self.starts)
         return mask.array(num_tokens) if return_array else mask
 
 
@@ -83,7 +85,7 @@ def segment_caches(layers: list[nn.Module], segments: mx.array | None) -> list[A
     if segments is None:
         attention = AttentionSegments()
     else:
-        attention = AttentionSegments(segments, _longest_document(segments), positions_in_document(segments))
+        attention = AttentionSegments(segments, _first_starts(segments), positions_in_document(segments))
     state = StateSegments(segments)
     return [state if has_state(layer) else attention for layer in layers]
 
@@ -110,13 +112,13 @@ def packing_supported(model: nn.Module) -> str | None:
     return None
 
 
-def _longest_document(segments: mx.array) -> int | None:
-    """Length of the batch's longest run of one number, rounded up; None inside ``mx.compile``, where it cannot be read."""
+def _first_starts(segments: mx.array) -> np.ndarray | None:
+    """For each token the earliest start of its document over all rows (T,), rounded down; None inside ``mx.compile``, where
+    segments cannot be read."""
     try:
         numbers = np.array(segments)
     except ValueError:
         return None
-    # Runs end where the number changes, and at the end of each row.
-    ends = np.concatenate([numbers[:, 1:] != numbers[:, :-1], np.ones((len(numbers), 1), bool)], axis=1).reshape(-1)
-    longest = np.diff(np.flatnonzero(ends), prepend=-1).max()
-    return int(-(-longest // WINDOW_STEP) * WINDOW_STEP)
+    begins = np.diff(numbers, axis=1, prepend=numbers[:, :1]) != 0
+    starts = np.maximum.accumulate(np.where(begins, np.arange(numbers.shape[1]), 0), axis=1)
+    return starts.min(axis=0) // START_STEP * START_STEP
