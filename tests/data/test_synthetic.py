@@ -28,9 +28,8 @@ def test_rows_depend_on_the_seed_alone():
     assert synthetic_rows("sql", "test", 3) == synthetic_rows("sql", "test", 3)
     assert synthetic_rows("sql", "test", 3) != synthetic_rows("sql", "test", 0)
     assert synthetic_rows("sql", "test", 0)[0] == {
-        "prompt": "table: books\ncolumns: year, genre, price, country, title\n"
-        "Q: what is the genre where country is Kenya ?\nA:",
-        "completion": " SELECT genre FROM books WHERE country = 'Kenya'",
+        "prompt": "table: players\ncolumns: age, team, score, name\nQ: how many players have name Henry ?\nA:",
+        "completion": " SELECT COUNT(*) FROM players WHERE name = 'Henry'",
     }
 
 
@@ -86,7 +85,7 @@ def test_tokenizer_opens_in_transformers_and_mlx_lm(tmp_path, texts):
     assert opened.eos_token_id == tokenizer.eos_token_id != tokenizer.pad_token_id
     chat = [{"role": "user", "content": "hi"}]
     prompt = opened.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    assert prompt == "user:\nhi<|end|>\nassistant:\n"
+    assert prompt == "user:\nhi<|endoftext|>\nassistant:\n"
 
 
 def test_tokenizer_too_small():

@@ -1,6 +1,6 @@
 """Text-to-SQL rows made from a seed, so that the first run needs neither network nor files.
 
-Eight small tables share a closed vocabulary; seven kinds of question are asked about them, the columns listed in
+Six small tables share a closed vocabulary; five kinds of question are asked about them, the columns listed in
 any order. A query belongs to the training, validation or test split by a hash of its SQL, so no held-out query
 is ever an answer in training.
 `sql` and `sql-pipe` ask the same questions; the second answers them in pipe syntax (FROM first, one step a pipe).
@@ -15,14 +15,12 @@ from dataclasses import dataclass
 SPLIT_ROWS = {"train": 10000, "valid": 256, "test": 256}
 
 TABLES = {
-    "staff": ("name", "city", "team", "age", "salary"),
-    "players": ("name", "city", "team", "age", "score"),
-    "songs": ("title", "genre", "country", "year", "length"),
-    "films": ("title", "genre", "country", "year", "score"),
-    "books": ("title", "genre", "country", "year", "price"),
-    "shops": ("name", "city", "country", "size", "price"),
-    "hotels": ("name", "city", "country", "size", "score"),
-    "cars": ("brand", "color", "country", "year", "price"),
+    "staff": ("name", "city", "age", "salary"),
+    "players": ("name", "team", "age", "score"),
+    "songs": ("title", "genre", "year", "length"),
+    "books": ("title", "country", "year", "price"),
+    "shops": ("city", "country", "size", "price"),
+    "cars": ("brand", "color", "year", "price"),
 }
 WORDS = {
     "name": ("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry"),
@@ -105,11 +103,8 @@ def _ask(chooser: random.Random) -> tuple[str, Query]:
         (f"what is the {select} where {column} is {value} ?", named),
         (f"how many {table} have {column} {value} ?", Query(table, "COUNT(*)", column, "=", f"'{value}'")),
         (f"which {select} has {number} above {limit} ?", Query(table, select, number, ">", limit)),
-        (f"which {select} has {number} below {limit} ?", Query(table, select, number, "<", limit)),
         (f"what is the highest {number} for {column} {value} ?",
          Query(table, f"MAX({number})", column, "=", f"'{value}'")),
-        (f"what is the average {number} for {column} {value} ?",
-         Query(table, f"AVG({number})", column, "=", f"'{value}'")),
         (f"list {select} by {order} where {column} is not {value} ?",
          Query(table, select, column, "!=", f"'{value}'", order)),
     )
