@@ -1,11 +1,14 @@
 """Settings of every test: a fast BLAS where the system has one, and no just-in-time compiling.
 
-Tests of several ranks start real processes through `ranks.run_ranks`.
+Tests of several ranks start real processes through `ranks.run_ranks`. The widest launches (more ranks, the same
+cases on a second backend) take many minutes on two cores and run with `--exhaustive` only.
 """
 
 import os
 import sys
 from pathlib import Path
+
+import pytest
 
 from trainer.blas import load_fast_blas
 
@@ -14,3 +17,15 @@ os.environ.setdefault("MLX_DISABLE_COMPILE", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
 load_fast_blas()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The option for everything."""
+    parser.addoption("--exhaustive", action="store_true", help="also run the widest launches of real processes")
+
+
+@pytest.fixture(scope="session")
+def exhaustive(request: pytest.FixtureRequest) -> None:
+    """Asked for by what runs with `--exhaustive` only."""
+    if not request.config.getoption("--exhaustive"):
+        pytest.skip("runs with --exhaustive")

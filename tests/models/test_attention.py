@@ -89,7 +89,9 @@ def test_bfloat16(keep):
 
 
 def test_memory_is_linear():
-    """Catches scores of all blocks alive at once: four times the tokens may take five times the memory, not sixteen."""
+    """Catches scores of all blocks alive at once: four times the tokens may take five times the memory, not
+    sixteen.
+    """
 
     def peak(T):
         data = arrays(1, 2, 2, T, 16, 16)

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from trainer.bench import Measurement, table
+from trainer.bench_figures import Measurement, table
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = """
 model:
   config: {model_type: qwen3, hidden_size: 32, num_hidden_layers: 2, intermediate_size: 48, num_attention_heads: 2,
-           num_key_value_heads: 1, head_dim: 16, rms_norm_eps: 1.0e-6, rope_theta: 1.0e+4, tie_word_embeddings: true,
+           num_key_value_heads: 1, head_dim: 16, rms_norm_eps: 1.0e-6, rope_theta: 1.0e+4, tie_word_embeddings:
+               true,
            vocab_size: 300, max_position_embeddings: 512}
   tokenizer: bpe:300
 method: lora

@@ -72,7 +72,13 @@ def test_windows_bound_attention():
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("Apple M2 Ultra", 27.2), ("Apple M1", 2.6), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA A100-SXM4-80GB", 312)],
+    [
+        ("Apple M2 Ultra", 27.2),
+        ("Apple M1", 2.6),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA A100-SXM4-80GB", 312),
+    ],
 )
 def test_known_chips(name, expected):
     """Catches a name that matches another chip's entry."""

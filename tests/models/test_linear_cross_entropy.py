@@ -45,7 +45,9 @@ def plain(hidden, head, targets, mask):
 
 
 def loss_and_grads(fn, head, hidden, targets, mask):
-    """Loss and gradients of half the loss (so that a dropped cotangent shows) for hidden states and trainable arrays."""
+    """Loss and gradients of half the loss (so that a dropped cotangent shows) for hidden states and trainable
+    arrays.
+    """
     names = [name for name, _ in tree_flatten(head.module.trainable_parameters())]
 
     def scalar(parameters, hidden):
@@ -61,7 +63,9 @@ def loss_and_grads(fn, head, hidden, targets, mask):
 
 @pytest.mark.parametrize("kind", HEADS)
 def test_equals_plain(kind):
-    """Catches a wrong gradient of any head's arrays or of the hidden states; 1e-6 of each tensor's largest entry."""
+    """Catches a wrong gradient of any head's arrays or of the hidden states; 1e-6 of each tensor's largest
+    entry.
+    """
     head = HEADS[kind]()
     loss, grads = loss_and_grads(linear_cross_entropy, head, *batch())
     expected, expected_grads = loss_and_grads(plain, head, *batch())
@@ -107,7 +111,9 @@ def test_extreme_logits():
 
 
 def test_memory_stays_at_one_chunk(monkeypatch):
-    """Catches chunks that are all alive at once: with 32 times the rows of a chunk, the peak is a few chunks' logits."""
+    """Catches chunks that are all alive at once: with 32 times the rows of a chunk, the peak is a few chunks'
+    logits.
+    """
     monkeypatch.setattr(module_under_test, "CPU_LOGITS", 64 * 8192)
     monkeypatch.setattr(module_under_test, "MIN_ROWS", 64)
     mx.random.seed(0)

@@ -1,4 +1,6 @@
-"""Prepared models compute what mlx-lm's own code computes, values and gradients, and generate with mlx-lm's code."""
+"""Prepared models compute what mlx-lm's own code computes, values and gradients, and generate with mlx-lm's
+code.
+"""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -38,7 +40,9 @@ def assert_same(got, want, tolerance):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_equals_mlx_lm(name):
-    """Catches a replaced function with another meaning: loss and every gradient, sliding windows included, in full training."""
+    """Catches a replaced function with another meaning: loss and every gradient, sliding windows included, in full
+    training.
+    """
     tokens = mx.random.randint(0, 64, (2, 40), key=mx.random.key(0))
     want = loss_and_grads(make(name), tokens)
     # The gradient of Kimi's A_log is a sum that all but cancels, in mlx-lm as here.
@@ -47,7 +51,9 @@ def test_equals_mlx_lm(name):
 
 
 def test_names_and_classes_stay():
-    """Catches a preparation that renames weights, hides a class from isinstance, or touches another model of the class."""
+    """Catches a preparation that renames weights, hides a class from isinstance, or touches another model of the
+    class.
+    """
     model, other = make("qwen3_5"), make("qwen3_5")
     names, classes = [n for n, _ in tree_flatten(model.parameters())], [type(m) for m in model.modules()]
     prepare_for_training(model)
@@ -85,7 +91,8 @@ def test_windows_are_told_in_words(monkeypatch):
     """Catches sliding-window layers that get a T x T array as their mask."""
     monkeypatch.setattr(gemma3_text, "create_causal_mask", None, raising=False)
     masks = []
-    monkeypatch.setattr(prepare, "blockwise_attention", lambda q, k, v, **options: masks.append(options["window"]) or q)
+    noting = lambda q, k, v, **options: masks.append(options["window"]) or q
+    monkeypatch.setattr(prepare, "blockwise_attention", noting)
     prepare_for_training(make("gemma3_text"))(mx.random.randint(0, 64, (1, 40)))
     assert masks == [16, None]
 
@@ -94,7 +101,11 @@ def test_windows_are_told_in_words(monkeypatch):
 def test_activations(fn):
     """Catches a wrong derivative, and overflow at either end."""
     x, y = mx.concatenate([mx.random.normal((200,)) * 4, mx.array([-200.0, 0.0, 200.0])]), mx.random.normal((203,))
-    ours, theirs = {"silu": (lambda x, y: silu(x), lambda x, y: nn.silu(x)), "swiglu": (swiglu, lambda x, y: nn.silu(x) * y)}[fn]
+    pairs = {
+        "silu": (lambda x, y: silu(x), lambda x, y: nn.silu(x)),
+        "swiglu": (swiglu, lambda x, y: nn.silu(x) * y),
+    }
+    ours, theirs = pairs[fn]
     got = mx.value_and_grad(lambda x, y: (ours(x, y) * mx.cos(x)).sum(), argnums=(0, 1))(x, y)
     want = mx.value_and_grad(lambda x, y: (theirs(x, y) * mx.cos(x)).sum(), argnums=(0, 1))(x, y)
     assert abs(got[0].item() - want[0].item()) < 1e-4
@@ -138,7 +149,9 @@ def test_causal_conv(segments):
 
 
 def test_kimi_segments_reach_nested_convolutions():
-    """Catches convolutions inside a layer's parts that look across documents: Kimi's KDA layer, packed and alone."""
+    """Catches convolutions inside a layer's parts that look across documents: Kimi's KDA layer, packed and
+    alone.
+    """
     layer = prepare_for_training(make("kimi_linear")).layers[0].self_attn
     x = mx.random.normal((1, 30, 32))
     packed = layer(x, None, StateSegments(mx.array([[1] * 11 + [2] * 19])))

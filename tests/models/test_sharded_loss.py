@@ -14,7 +14,9 @@ def result():
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_equals_one_device(result, method):
-    """Catches a vocabulary slice whose softmax or gradient misses the other ranks' logits, and layers that lose their split."""
+    """Catches a vocabulary slice whose softmax or gradient misses the other ranks' logits, and layers that lose
+    their split.
+    """
     loss, gradient, name, num_gradients = result[method]
     assert loss < 1e-6
     assert gradient < 1e-5, name

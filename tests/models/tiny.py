@@ -73,7 +73,8 @@ def make(name: str, seed: int = 0, **changes) -> nn.Module:
         config["text_config"] = {**COMMON, "model_type": name, **config["text_config"]}
     mx.random.seed(seed)
     model = module.Model(module.ModelArgs.from_dict(config))
-    # Norm weights of one hide errors in what they multiply; MLX's initial convolutions are so small that norms blow up rounding.
+    # Norm weights of one hide errors in what they multiply; MLX's initial convolutions are so small that norms blow
+    # up rounding.
     model.apply(lambda x: x + 0.1 * mx.random.normal(x.shape) if x.ndim == 1 else x)
     model.apply(lambda x: mx.random.normal(x.shape) * 0.5 if x.ndim == 3 and x.shape[-1] == 1 else x)
     model.train()

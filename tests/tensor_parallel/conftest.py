@@ -65,19 +65,19 @@ def ring_of_two(reference: Path, saved_model: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="session")
-def mpi_of_two(reference: Path) -> list[dict[str, Any]]:
+def mpi_of_two(exhaustive: None, reference: Path) -> list[dict[str, Any]]:
     """The main cases on two ranks over MPI."""
     return launch(2, "mpi", reference, 20, MAIN_CASES, [])
 
 
 @pytest.fixture(scope="session")
-def mpi_of_four(reference: Path) -> list[dict[str, Any]]:
+def mpi_of_four(exhaustive: None, reference: Path) -> list[dict[str, Any]]:
     """More ranks than key-value heads: the main cases, fused projections, and 2 x 2 meshes."""
     return launch(4, "mpi", reference, 4, [*MAIN_CASES, "phi3:lora"], WIDE_CHECKS)
 
 
 @pytest.fixture(scope="session")
-def ring_of_four(reference: Path) -> list[dict[str, Any]]:
+def ring_of_four(exhaustive: None, reference: Path) -> list[dict[str, Any]]:
     """A 2 x 2 mesh over TCP, where MLX cannot split a group."""
     return launch(4, "ring", reference, 4, [], ["data_mesh"])
 

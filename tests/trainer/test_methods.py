@@ -8,7 +8,7 @@ import mlx_lm
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_adapters, load_model
-from tiny import MODELS, model_section, tiny_recipe, write_rows
+from tiny_recipes import MODELS, model_section, tiny_recipe, write_rows
 
 import comm
 from trainer.build import build

@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from tiny import MODELS, run_apart, tiny_recipe, write_rows
+from tiny_recipes import MODELS, run_apart, tiny_recipe, write_rows
 
 import comm
 from trainer.metrics import read_rows

@@ -7,7 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from ranks import run_ranks
-from tiny import tiny_recipe, write_rows
+from tiny_recipes import tiny_recipe, write_rows
 from workers.step import measure
 
 import comm

@@ -1,7 +1,7 @@
 """Which tokens may see which in training rows: several documents in a row, sliding windows.
 
-mlx-lm's models ask their ``cache`` argument for masks. The objects here answer that one question and hold nothing else; layers
-extended by ``prepare_for_training`` read windows and documents from them.
+mlx-lm's models ask their ``cache`` argument for masks. The objects here answer that one question and hold nothing
+else; layers extended by ``prepare_for_training`` read windows and documents from them.
 """
 
 from dataclasses import dataclass
@@ -10,10 +10,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-# Architectures for which per-document losses and all gradients of packed rows were shown equal to those of separate rows
-# (tests/models/test_packing.py). The others refuse.
+# Architectures for which per-document losses and all gradients of packed rows were shown equal to those of separate
+# rows # (tests/models/test_packed_rows.py). The others refuse.
 PACKING_PROVEN = frozenset(
-    ("gemma3_text", "llama", "mistral", "qwen2", "qwen3", "qwen3_5", "qwen3_5_moe", "qwen3_5_text", "qwen3_moe", "qwen3_next")
+    ("gemma3_text", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "qwen3_next")
+    + ("qwen3_5", "qwen3_5_moe", "qwen3_5_text")
 )
 # Where documents begin is rounded down to this, so that few shapes occur.
 START_STEP = 64
@@ -26,7 +27,8 @@ class TrainingMask:
     Attributes:
         window: keys a query sees at most, itself included; None = all.
         segments: (B, T) document numbers, or None.
-        starts: for each of the T tokens a key before which neither it nor any later token sees one, in no row; None = 0.
+        starts: for each of the T tokens a key before which neither it nor any later token sees one, in no row; None
+            = 0.
     """
 
     window: int | None = None
@@ -58,7 +60,9 @@ class AttentionSegments:
     starts: np.ndarray | None = None
     positions: mx.array | None = None
 
-    def make_mask(self, num_tokens: int, return_array: bool = False, window_size: int | None = None) -> TrainingMask | mx.array:
+    def make_mask(
+        self, num_tokens: int, return_array: bool = False, window_size: int | None = None
+    ) -> TrainingMask | mx.array:
         """The mask of a layer with this window."""
         window = window_size if window_size is not None and window_size < num_tokens else None
         mask = TrainingMask(window, self.segments, self.starts)
@@ -67,7 +71,9 @@ class AttentionSegments:
 
 @dataclass(frozen=True)
 class StateSegments:
-    """Stands where mlx-lm expects the cache of a layer with a recurrent state. The attribute is that of :class:`AttentionSegments`."""
+    """Stands where mlx-lm expects the cache of a layer with a recurrent state. The attribute is that of
+    :class:`AttentionSegments`.
+    """
 
     segments: mx.array | None = None
 
@@ -103,7 +109,9 @@ def has_state(layer: nn.Module) -> bool:
 
 
 def packing_supported(model: nn.Module) -> str | None:
-    """None where packed rows are proven exact for ``model``, else the reason why not, with the architecture's name."""
+    """None where packed rows are proven exact for ``model``, else the reason why not, with the architecture's
+    name.
+    """
     model_type = getattr(getattr(model, "language_model", model), "model_type", type(model).__name__)
     if model_type not in PACKING_PROVEN:
         return f"packing is not proven exact for {model_type}; it is for {', '.join(sorted(PACKING_PROVEN))}."
@@ -113,8 +121,8 @@ def packing_supported(model: nn.Module) -> str | None:
 
 
 def _first_starts(segments: mx.array) -> np.ndarray | None:
-    """For each token the earliest start of its document over all rows (T,), rounded down; None inside ``mx.compile``, where
-    segments cannot be read."""
+    """For each token the earliest start of its document over all rows (T,), rounded down; None inside
+    ``mx.compile``, where segments cannot be read."""
     try:
         numbers = np.array(segments)
     except ValueError:

@@ -1,4 +1,6 @@
-"""A prepared Qwen3.5 with LoRA (also on the head) and packed rows under TensorParallel: loss and gradients against one device."""
+"""A prepared Qwen3.5 with LoRA (also on the head) and packed rows under TensorParallel: loss and gradients against
+one device.
+"""
 
 import json
 import sys

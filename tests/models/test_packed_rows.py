@@ -1,4 +1,6 @@
-"""Documents packed into one row give the losses and gradients they give alone, for every architecture that allows packing."""
+"""Documents packed into one row give the losses and gradients they give alone, for every architecture that allows
+packing.
+"""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -42,7 +44,9 @@ def packed_losses(model, docs, length):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_equals_separate_documents(name):
-    """Catches any leak between documents: each document's loss and all gradients, rows of 512, mlx-lm's own code as the reference."""
+    """Catches any leak between documents: each document's loss and all gradients, rows of 512, mlx-lm's own code as
+    the reference.
+    """
     docs = documents([37, 3, 130, 64, 2, 200])
     tokens, segments, mask = pack(docs, 512)
     loss, grads, losses = separately(make(name), docs)
@@ -55,7 +59,9 @@ def test_equals_separate_documents(name):
 
 @pytest.mark.parametrize("name", ["llama", "qwen3_5"])
 def test_long_rows(name):
-    """Catches positions that do not restart with each document (their rounding grows with the row): 2048 tokens, within 1e-5."""
+    """Catches positions that do not restart with each document (their rounding grows with the row): 2048 tokens,
+    within 1e-5.
+    """
     docs = documents([700, 500, 848])
     tokens, segments, mask = pack(docs, 2048)
     model = prepare_for_training(make(name))

@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 import pytest
-from tiny import run_apart, tiny_recipe, write_rows
+from tiny_recipes import run_apart, tiny_recipe, write_rows
 
 import comm
 from trainer.metrics import read_rows
