@@ -17,7 +17,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import comm
 from parallel import value_and_grad
-from trainer.bench import SIDES, Measurement
+from trainer.bench_figures import SIDES, Measurement
 from trainer.build import Parts, build
 from trainer.config import Recipe
 from trainer.data import TokenizedRows, corpus, load_splits

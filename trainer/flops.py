@@ -1,7 +1,9 @@
-"""Floating-point operations of one training token, and what chips can do at most: the two halves of model FLOPs utilisation (MFU).
+"""Floating-point operations of one training token, and what chips can do at most: the two halves of model FLOPs
+utilisation (MFU).
 
-Counted is what the mathematics needs, a multiplication and an addition as two operations (Chowdhery et al., arXiv 2204.02311, app. B):
-recomputed activations, softmax, norms and activation functions are not. Letters: D input, O output dims, r rank, V vocabulary.
+Counted is what the mathematics needs, a multiplication and an addition as two operations (Chowdhery et al., arXiv
+2204.02311, app. B): recomputed activations, softmax, norms and activation functions are not. Letters: D input, O
+output dims, r rank, V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -10,8 +12,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-# Apple's GPUs: cores of the largest variant and clock in GHz (hmc-tech.com and philipturner/metal-benchmarks, read 2026-11);
-# a core has 128 lanes, each doing one fused multiply-add per cycle. Half precision is no faster up to M4.
+# Apple's GPUs: cores of the largest variant and clock in GHz (hmc-tech.com and philipturner/metal-benchmarks, read
+# 2026-11); a core has 128 lanes, each doing one fused multiply-add per cycle. Half precision is no faster up to
+# M4.
 APPLE_CORES_GHZ: dict[str, tuple[int, float]] = {
     "M1": (8, 1.278),
     "M1 Pro": (16, 1.296),
@@ -73,7 +76,8 @@ def peak_tflops(device_name: str | None = None) -> float | None:
     """What a device can do at most in 1e12 operations a second, or None when it is not in the tables.
 
     Args:
-        device_name: as MLX gives it, such as "Apple M2 Ultra" or "NVIDIA H100 80GB HBM3". Default: this machine's GPU, if MLX uses it.
+        device_name: as MLX gives it, such as "Apple M2 Ultra" or "NVIDIA H100 80GB HBM3". Default: this machine's
+            GPU, if MLX uses it.
     """
     if device_name is None:
         if mx.default_device() != mx.gpu:
@@ -93,13 +97,15 @@ def token_flops(model: nn.Module, context: int) -> TokenFlops:
         model: an mlx-lm model, before parallel wrappers divide it.
         context: length of the documents that tokens sit in; on average a token attends to half of it.
 
-    A frozen matrix costs 2 D O forward and as much for the gradient of its input; a trained one another 2 D O for its own. LoRA adds
-    2 r (D + O) forward and twice that backward. Of E experts of which k are chosen, k count. Attention costs 4 H D (scores and
-    weighted sum) times the keys a token sees, forward, and twice that backward; linear attention 7 Dk Dv per value head and token
-    (decay, read, write and read of the state), and twice that backward; a causal convolution of K taps 2 K per channel.
-    Embedding look-ups cost nothing, the output head 2 D V. Layers before the first trained one need no backward pass.
+    A frozen matrix costs 2 D O forward and as much for the gradient of its input; a trained one another 2 D O for
+    its own. LoRA adds 2 r (D + O) forward and twice that backward. Of E experts of which k are chosen, k count.
+    Attention costs 4 H D (scores and weighted sum) times the keys a token sees, forward, and twice that backward;
+    linear attention 7 Dk Dv per value head and token (decay, read, write and read of the state), and twice that
+    backward; a causal convolution of K taps 2 K per channel. Embedding look-ups cost nothing, the output head 2 D
+    V. Layers before the first trained one need no backward pass.
     """
-    first_trained = min((_layer_index(name) for name, _ in tree_flatten(model.trainable_parameters())), default=NO_LAYER)
+    trained = tree_flatten(model.trainable_parameters())
+    first_trained = min((_layer_index(name) for name, _ in trained), default=NO_LAYER)
     forward = backward = 0.0
     for path, module in model.named_modules():
         cost = _own_flops(path, module, model, context)
@@ -109,7 +115,9 @@ def token_flops(model: nn.Module, context: int) -> TokenFlops:
 
 
 def _layer_index(path: str) -> int:
-    """Number of the layer that ``path`` lies in; -1 for the input embedding, ``NO_LAYER`` for what comes after the layers."""
+    """Number of the layer that ``path`` lies in; -1 for the input embedding, ``NO_LAYER`` for what comes after the
+    layers.
+    """
     if "embed_tokens" in path:
         return -1
     _, found, rest = path.partition("layers.")
@@ -162,7 +170,8 @@ def _active_share(path: str, model: nn.Module) -> float:
         return 1.0
     num_experts = experts.num_experts
     for above in _above(path, model):
-        chosen = next((getattr(above, name) for name in ("top_k", "num_experts_per_tok") if hasattr(above, name)), None)
+        names = [name for name in ("top_k", "num_experts_per_tok") if hasattr(above, name)]
+        chosen = getattr(above, names[0]) if names else None
         if chosen is not None:
             return chosen / num_experts
     return 1.0

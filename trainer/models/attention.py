@@ -1,8 +1,9 @@
-"""Causal attention whose training memory grows with T, not T * T: blocks of queries, and a backward pass written by hand.
+"""Causal attention whose training memory grows with T, not T * T: blocks of queries, backward pass by hand.
 
-A block of queries meets only the keys it may see (causal blocks, sliding windows), so half of the work of a full T x T product is
-never done. The backward pass keeps one number per query and computes the block's probabilities again (arXiv 2205.14135,
-2205.05198), or keeps them where they are small and exponentials are dear. Everything is plain MLX.
+A block of queries meets only the keys it may see (causal blocks, sliding windows), so half of the work of a full T
+x T product is never done. The backward pass keeps one number per query and computes the block's probabilities again
+(arXiv 2205.14135, 2205.05198), or keeps them where they are small and exponentials are dear. Everything is plain
+MLX.
 
 Letters: B rows, H query heads, G key heads, R = H / G, T tokens, D dims of a head.
 """
@@ -16,8 +17,8 @@ from trainer.models.elementwise import exp
 
 # Scores of one block of queries, in numbers, over all rows and heads.
 MAX_SCORES = 2**25
-# On a CPU, probabilities are kept for the backward pass up to this many keys per query: they then take about as much memory as
-# the layer's other activations, and a third of attention's time is saved.
+# On a CPU, probabilities are kept for the backward pass up to this many keys per query: they then take about as
+# much memory as the layer's other activations, and a third of attention's time is saved.
 KEPT_KEYS = 1024
 HIDDEN_SCORE = -1e30
 
@@ -54,7 +55,7 @@ class Visibility:
 
 
 def default_block_size(num_rows_and_heads: int, num_keys: int) -> int:
-    """Queries of a block: 64 on a CPU, 256 on a GPU, fewer when the block's scores would pass ``MAX_SCORES``; at least 16."""
+    """Queries of a block: 64 on a CPU, 256 on a GPU; fewer (at least 16) to keep scores in ``MAX_SCORES``."""
     size = 64 if mx.default_device() == mx.cpu else 256
     while size > 16 and size * num_rows_and_heads * num_keys > MAX_SCORES:
         size //= 2
@@ -86,9 +87,11 @@ def blockwise_attention(
         scale: factor on the scores.
         window: number of keys a query sees, itself included. Default: all.
         segments: (B, T) int; a query sees only keys with its own number.
-        starts: (T,) what the caller knows of where documents begin, to skip keys: see :class:`Visibility`. Default: nothing.
+        starts: (T,) what the caller knows of where documents begin, to skip keys: see :class:`Visibility`. Default:
+            nothing.
         block_size: queries of a block. Default: :func:`default_block_size`.
-        keep: whether the backward pass finds the probabilities or makes them again. Default: :func:`keeps_probabilities`.
+        keep: whether the backward pass finds the probabilities or makes them again. Default:
+            :func:`keeps_probabilities`.
 
     Returns:
         (B, H, T, Dv) in the queries' dtype. Softmax and sums are in float32.
@@ -108,7 +111,7 @@ def blockwise_attention(
 
 @dataclass(frozen=True)
 class _Blocks:
-    """The block loops. Queries and everything like them are (B, G, R, T, D); a block of them is (B, G, R * block, D)."""
+    """The block loops. Queries and the like are (B, G, R, T, D); a block of them is (B, G, R * block, D)."""
 
     repeats: int
     scale: float
@@ -117,7 +120,7 @@ class _Blocks:
     keep: bool
 
     def attention(self) -> mx.custom_function:
-        """Function of (queries, keys, values) with results (outputs, logarithms of the softmax sums, kept probabilities...)."""
+        """Function of (queries, keys, values) giving (outputs, logarithms of softmax sums, kept powers...)."""
 
         @mx.custom_function
         def run(queries: mx.array, keys: mx.array, values: mx.array) -> tuple[mx.array, ...]:
@@ -178,7 +181,7 @@ class _Blocks:
         log_sums: mx.array,
         kept: list[mx.array],
     ) -> tuple[mx.array, mx.array, mx.array]:
-        """Gradients of queries, keys and values. ``log_sums`` holds plain sums, and ``kept`` unscaled powers, when those were kept."""
+        """Gradients of queries, keys and values; with ``kept`` powers, ``log_sums`` holds their plain sums."""
         d_queries = []
         d_keys, d_values = mx.zeros(keys.shape, mx.float32), mx.zeros(values.shape, mx.float32)
         for i, (rows, columns) in enumerate(self._spans(queries.shape[3])):

@@ -1,7 +1,8 @@
 """Gradient checkpointing of decoder layers: keep a layer's input, compute its inside again in the backward pass.
 
-Exact as long as the layer is a function of its input, its parameters and what the caller fixed for the batch (masks, segments, keyed
-dropout): MLX's own ``nn.Dropout`` would draw another mask the second time (arXiv 1604.06174).
+Exact as long as the layer is a function of its input, its parameters and what the caller fixed for the batch
+(masks, segments, keyed dropout): MLX's own ``nn.Dropout`` would draw another mask the second time (arXiv
+1604.06174).
 """
 
 from functools import lru_cache
@@ -13,10 +14,12 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 
 def checkpoint_layers(layers: list[nn.Module], every: bool | int = True) -> None:
-    """Extend the classes of ``layers`` in place, so that the inside of each, or of every k-th, is computed again in the backward pass.
+    """Extend the classes of ``layers`` in place, so that the inside of each, or of every k-th, is computed again in
+    the backward pass.
 
     Args:
-        layers: a model's decoder layers, with adapters and wrappers in place. The first argument of their ``__call__`` is the input.
+        layers: a model's decoder layers, with adapters and wrappers in place. The first argument of their
+            ``__call__`` is the input.
         every: True or 1 for all layers, k for the k-th, 2k-th, ...; False for none.
 
     Raises:

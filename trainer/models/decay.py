@@ -1,8 +1,9 @@
-"""What happens inside one chunk of the gated delta rule: decays between its tokens, key-key and query-key scores, and the inverse they need.
+"""One chunk of the gated delta rule from inside: decays between its tokens, scores, and the inverse they need.
 
-A gate g in [0, 1] multiplies the state at every token; either one number per head (scalar) or one per key channel (channel).
-Decays between two tokens are always products (or sums of logarithms) over the tokens between them, never a quotient or a difference
-of long running totals: gates down to exp(-20), and exact zeros at document starts, lose nothing.
+A gate g in [0, 1] multiplies the state at every token; either one number per head (scalar) or one per key channel
+(channel). Decays between two tokens are always products (or sums of logarithms) over the tokens between them, never
+a quotient or a difference of long running totals: gates down to exp(-20), and exact zeros at document starts, lose
+nothing.
 
 Shapes: B batch, H key heads, R value heads per key head, N chunks, C tokens of a chunk, D key dims.
 q, k are (B, H, 1, N, C, D); gates are (B, H, R, N, C, 1) when scalar and (B, H, R, N, C, D) per channel.
@@ -12,11 +13,12 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-# Below this block size the channel decays of all pairs of tokens are written out (C * BLOCK * D numbers a chunk); above it,
-# a pair is split at the middle of its block and only the two halves' own decays are needed.
+# Below this block size the channel decays of all pairs of tokens are written out (C * BLOCK * D numbers a chunk);
+# above it, a pair is split at the middle of its block and only the two halves' own decays are needed.
 BLOCK = 8
-# Decays below this are taken as 0. Beside a decay of 1 they are nothing, and as factors they would fill the matrix products with
-# subnormal numbers, which x86 multiplies 50 times slower (at Qwen3.5's initial gates: 4 times slower layers).
+# Decays below this are taken as 0. Beside a decay of 1 they are nothing, and as factors they would fill the matrix
+# products with subnormal numbers, which x86 multiplies 50 times slower (at Qwen3.5's initial gates: 4 times
+# slower layers).
 NEGLIGIBLE = 1e-15
 
 
@@ -42,7 +44,7 @@ class Chunks:
 
 
 def lower_triangle(size: int, offset: int = 0) -> mx.array:
-    """1.0 where column <= row + offset. Multiplied, not selected: ``where`` with broadcasting is 4 times slower on CPUs."""
+    """1.0 where column <= row + offset, to multiply with: ``where`` is 4 times slower on CPUs."""
     return mx.tri(size, size, offset)
 
 
@@ -69,7 +71,8 @@ class ScalarDecay:
         gate = mx.exp(log_gate) if keep is None else mx.exp(log_gate) * keep
         size = gate.shape[-2]
         strict = lower_triangle(size, -1)
-        # Column j holds the running product of the gates after token j: no logarithm, no overflow, zeros stay zeros.
+        # Column j holds the running product of the gates after token j: no logarithm, no overflow, zeros stay
+        # zeros.
         self.between = without_negligible(mx.cumprod(gate * strict + (1 - strict), axis=-2)) * lower_triangle(size)
         self.since_start = without_negligible(mx.cumprod(gate, axis=-2))
         self.to_end = self.between[..., -1:, :].swapaxes(-1, -2)
@@ -91,8 +94,8 @@ class ScalarDecay:
     def gradients(self, grads: Chunks) -> tuple[mx.array, mx.array, mx.array]:
         """Gradients for (q, k, log_gate) from the gradients of everything :meth:`chunks` returned.
 
-        Each value is a product of gates, so its gradient for one gate's logarithm is value times gradient. Terms are only ever
-        added, never cancelled: a strong gate's tiny gradient is as exact as the others.
+        Each value is a product of gates, so its gradient for one gate's logarithm is value times gradient. Terms
+        are only ever added, never cancelled: a strong gate's tiny gradient is as exact as the others.
         """
         now = self.values
         row_sum = lambda x: x.sum(axis=-1, keepdims=True)  # noqa: E731
@@ -113,7 +116,8 @@ class ScalarDecay:
 
 
 class ChannelDecay:
-    """Decay inside a chunk for one gate per key channel (Kimi's form); the same arguments and results as :class:`ScalarDecay`.
+    """Decay inside a chunk for one gate per key channel (Kimi's form); the same arguments and results as
+    :class:`ScalarDecay`.
 
     Gradients are MLX's own of the (cheap) forward, taken again in the backward pass.
     """
@@ -150,7 +154,9 @@ def _sum_after(x: mx.array) -> mx.array:
 
 
 def _channel_scores(q: mx.array, k: mx.array, log_gate: mx.array) -> tuple[mx.array, mx.array]:
-    """Decayed q k and k k scores of a block of tokens (axis -2): both (..., C, C), the second without its diagonal."""
+    """Decayed q k and k k scores of a block of tokens (axis -2): both (..., C, C), the second without its
+    diagonal.
+    """
     size = q.shape[-2]
     if size <= BLOCK:
         return _small_channel_scores(q, k, log_gate)
@@ -160,7 +166,8 @@ def _channel_scores(q: mx.array, k: mx.array, log_gate: mx.array) -> tuple[mx.ar
     query_key, key_key = _channel_scores(q2, k2, log2)
     early = k2[..., 0, :, :] * without_negligible(mx.exp(_sum_after(log2[..., 0, :, :])))
     since_middle = without_negligible(mx.exp(mx.cumsum(log2[..., 1, :, :], axis=-2)))
-    across = mx.concatenate([q2[..., 1, :, :] * since_middle, k2[..., 1, :, :] * since_middle], axis=-2) @ early.swapaxes(-1, -2)
+    late = [x[..., 1, :, :] * since_middle for x in (q2, k2)]
+    across = mx.concatenate(late, axis=-2) @ early.swapaxes(-1, -2)
     return _join(query_key, across[..., :half, :]), _join(key_key, across[..., half:, :])
 
 

@@ -1,4 +1,5 @@
-"""Elementwise functions whose backward pass reuses the forward's exponential, and an exponential that is quick on CPUs.
+"""Elementwise functions whose backward pass reuses the forward's exponential, and an exponential that is quick on
+CPUs.
 
 MLX's CPU exp costs 20 ns an element on x86, its power 7 ns at the same accuracy, other operations 0.6 ns.
 """

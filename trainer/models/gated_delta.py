@@ -4,10 +4,11 @@ The recurrence, per head, with state S (key dims x value dims), gate g and write
 
     S <- g S;   S <- S + k beta (v - S^T k)^T;   y = S^T q
 
-mlx-lm trains it with a Python loop over tokens. Here tokens go in chunks: within a chunk all is matrix products, between chunks
-one state is carried. The backward pass keeps one state per chunk and computes the rest again.
+mlx-lm trains it with a Python loop over tokens. Here tokens go in chunks: within a chunk all is matrix products,
+between chunks one state is carried. The backward pass keeps one state per chunk and computes the rest again.
 
-Shapes: B batch, T tokens, Hk key heads, Hv value heads (a multiple of Hk), Dk and Dv their dims, N chunks of C tokens, R = Hv / Hk.
+Shapes: B batch, T tokens, Hk key heads, Hv value heads (a multiple of Hk), Dk and Dv their dims, N chunks of C
+    tokens, R = Hv / Hk.
 """
 
 import mlx.core as mx
@@ -64,7 +65,11 @@ def gated_delta_rule(
         state = mx.zeros((B, Hv, Dv, Dk), mx.float32)
     state = state.astype(mx.float32).swapaxes(-1, -2).reshape(B, Hk, Hv // Hk, Dk, Dv)
     y, state = _recurrence(
-        split.chunked(q, 1), split.chunked(k, 1), split.chunked(v), split.chunked(log_gate), split.chunked(beta), state, keep
+        split.chunked(q, 1),
+        split.chunked(k, 1),
+        *(split.chunked(x) for x in (v, log_gate, beta)),
+        state,
+        keep,
     )
     y = split.joined(y).astype(q.dtype)
     if mask is not None:
@@ -101,13 +106,17 @@ def gated_delta_update(
 
 
 def _clears_state(segments: mx.array) -> mx.array:
-    """(B, T) -> (B, T, 1): True at the first token of each document but the row's first one, whose state is the argument's."""
+    """(B, T) -> (B, T, 1): True at the first token of each document but the row's first one, whose state is the
+    argument's.
+    """
     before = mx.concatenate([segments[:, :1], segments[:, :-1]], axis=1)
     return (segments != before)[..., None]
 
 
 class _Split:
-    """Moves (B, T, heads, dims) to (B, Hk, R or 1, N, C, dims) in float32, with T padded to whole chunks, and back."""
+    """Moves (B, T, heads, dims) to (B, Hk, R or 1, N, C, dims) in float32, with T padded to whole chunks, and
+    back.
+    """
 
     def __init__(self, num_tokens: int, repeats: int, chunk_tokens: int) -> None:
         self.num_tokens, self.repeats = num_tokens, repeats
@@ -173,7 +182,9 @@ def _recurrence(
 
 
 def _writes(chunks: Chunks, v: mx.array, beta: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """What a chunk writes is ``writes - reads @ state``; the third value is the inverse that makes a token see the ones before it."""
+    """What a chunk writes is ``writes - reads @ state``; the third value is the inverse that makes a token see the
+    ones before it.
+    """
     inverse = unit_lower_inverse(beta * chunks.key_key)
     return inverse @ (beta * v), inverse @ (beta * chunks.k_in), inverse
 
@@ -209,7 +220,8 @@ def _gradients(
         d_state = chunks.last[:, :, :, i] * d_state + from_reads[:, :, :, i] - _transpose(reads[:, :, :, i]) @ d_value
     d_ends, d_values = mx.stack(d_ends[::-1], axis=3), mx.stack(d_values[::-1], axis=3)
 
-    # With X = beta (v - k_in S) and values = inverse X: dX = inverse^T d_values, and the system's gradient is -dX values^T.
+    # With X = beta (v - k_in S) and values = inverse X: dX = inverse^T d_values, and the system's gradient is -dX
+    # values^T.
     d_solved = _transpose(inverse) @ d_values
     d_system = -(d_solved @ _transpose(values))
     d_read = d_solved @ _transpose(states)

@@ -1,7 +1,8 @@
 """Cross-entropy straight from hidden states, without ever holding the logits of all tokens.
 
-Rows that are no targets are dropped before the output head. The rest go through it chunk by chunk; each chunk's loss and
-gradient are made in one go in the forward pass, from one exponential per logit, so the backward pass only scales what is there.
+Rows that are no targets are dropped before the output head. The rest go through it chunk by chunk; each chunk's
+loss and gradient are made in one go in the forward pass, from one exponential per logit, so the backward pass only
+scales what is there.
 
 Letters: B rows of a batch, L tokens, D hidden dims, V vocabulary (this rank's part of it).
 """
@@ -17,7 +18,8 @@ import comm
 from parallel.heads import Head
 from trainer.models.elementwise import exp
 
-# Logits of one chunk, in numbers, and its fewest rows: with less, reading the head's weights takes longer than multiplying.
+# Logits of one chunk, in numbers, and its fewest rows: with less, reading the head's weights takes longer than
+# multiplying.
 CPU_LOGITS, GPU_LOGITS, MIN_ROWS = 2**21, 2**26, 128
 
 
@@ -34,12 +36,13 @@ def linear_cross_entropy(
 
     Args:
         hidden: (B, L, D), the states that predict ``targets``.
-        head: the output head, also tied, quantized, with LoRA, or split over the ranks of ``head.group`` (then ``targets`` and
-            ``hidden`` are the same on all of them, and one sum and one maximum per row are exchanged).
+        head: the output head, also tied, quantized, with LoRA, or split over the ranks of ``head.group`` (then
+            ``targets`` and ``hidden`` are the same on all of them, and one sum and one maximum per row are
+            exchanged).
         targets: (B, L) int token ids of the whole vocabulary.
         mask: (B, L) bool, False where a token does not count.
-        num_rows: how many of the B * L rows to keep; at least as many as True entries. Default: read from ``mask``, rounded up to
-            one of eight sizes. Needed only inside ``mx.compile``, where a mask cannot be read.
+        num_rows: how many of the B * L rows to keep; at least as many as True entries. Default: read from ``mask``,
+            rounded up to one of eight sizes. Needed only inside ``mx.compile``, where a mask cannot be read.
         with_gradients: False leaves out the gradients' work (evaluation); the result then has no gradient.
 
     Returns:
@@ -103,7 +106,9 @@ class _Projection:
 def _loss_and_gradients(
     head: Head, targets: mx.array, weights: mx.array, chunk: int, with_gradients: bool
 ) -> Callable[..., tuple[mx.array, ...]]:
-    """A function of (rows, *trainable arrays) whose first result is the loss; the others are the gradients it is going to need."""
+    """A function of (rows, *trainable arrays) whose first result is the loss; the others are the gradients it is
+    going to need.
+    """
     projection = _Projection(head)
 
     def of_chunk(rows: mx.array, arrays: list[mx.array], start: int) -> mx.array:
@@ -161,7 +166,9 @@ def _nll(logits: mx.array, targets: mx.array, weights: mx.array, head: Head) -> 
 
 
 def _nll_with_gradient(logits: mx.array, targets: mx.array, weights: mx.array, head: Head) -> mx.array:
-    """The loss of :func:`_nll`, whose backward pass hands out the gradient made beside it (the cotangent is always 1 here)."""
+    """The loss of :func:`_nll`, whose backward pass hands out the gradient made beside it (the cotangent is always
+    1 here).
+    """
 
     @mx.custom_function
     def run(logits: mx.array) -> tuple[mx.array, mx.array]:

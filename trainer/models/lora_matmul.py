@@ -1,7 +1,8 @@
-"""LoRA's layer as one function: x W^T + scale (x A) B, with a backward pass that adds in place and touches no frozen weight.
+"""LoRA's layer as one function: x W^T + scale (x A) B, with a backward pass that adds in place and touches no
+frozen weight.
 
-mlx-lm's layer makes the update, scales it and adds it in three passes over the output, and as many again over the gradients; here
-the update is added by the matrix product itself. W may be quantized. Hu et al., arXiv 2106.09685.
+mlx-lm's layer makes the update, scales it and adds it in three passes over the output, and as many again over the
+gradients; here the update is added by the matrix product itself. W may be quantized. Hu et al., arXiv 2106.09685.
 
 Letters: D input dims, O output dims, r rank.
 """
@@ -15,7 +16,9 @@ from mlx_lm.tuner.lora import LoRALinear
 
 
 def use_fast_lora(model: nn.Module) -> None:
-    """Extend the class of each of mlx-lm's ``LoRALinear`` in ``model``, in place; before parallel wrappers. Names and values stay."""
+    """Extend the class of each of mlx-lm's ``LoRALinear`` in ``model``, in place; before parallel wrappers. Names
+    and values stay.
+    """
     for module in model.modules():
         if type(module).__call__ is LoRALinear.__call__:
             module.__class__ = _fast(type(module))
@@ -28,7 +31,8 @@ def lora_matmul(
 
     Args:
         x: (..., D).
-        base: any layer from D to O; frozen ``nn.Linear`` and ``nn.QuantizedLinear`` are computed together with the update.
+        base: any layer from D to O; frozen ``nn.Linear`` and ``nn.QuantizedLinear`` are computed together with the
+            update.
         lora_a: (D, r).
         lora_b: (r, O).
         scale: factor on the update.
@@ -38,13 +42,15 @@ def lora_matmul(
     if _is_frozen_matrix(base) and dropped is None:
         y = _joint(base, scale)(rows, lora_a, lora_b)
     else:
-        y = _update(scale)(base(x).reshape(rows.shape[0], -1), (x if dropped is None else dropped).reshape(rows.shape), lora_a, lora_b)[0]
+        inputs = rows if dropped is None else dropped.reshape(rows.shape)
+        y = _update(scale)(base(x).reshape(rows.shape[0], -1), inputs, lora_a, lora_b)[0]
     return y.reshape(*x.shape[:-1], -1)
 
 
 def _is_frozen_matrix(base: nn.Module) -> bool:
     # Classes that extend these without a call of their own (slices of a divided layer) are the same product.
-    return type(base).__call__ in (nn.Linear.__call__, nn.QuantizedLinear.__call__) and "weight" in base._no_grad and "bias" not in base
+    is_product = type(base).__call__ in (nn.Linear.__call__, nn.QuantizedLinear.__call__)
+    return is_product and "weight" in base._no_grad and "bias" not in base
 
 
 def _times(rows: mx.array, base: nn.Module, transpose: bool) -> mx.array:

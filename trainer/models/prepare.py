@@ -1,8 +1,9 @@
-"""Make one mlx-lm model fast and exact to train: its layers get the functions of this package, its weights and names stay.
+"""Make one mlx-lm model fast and exact to train: its layers get the functions of this package, its weights and
+names stay.
 
-A layer's class is extended (as wrappers do) by one whose ``__call__`` is mlx-lm's own code with other globals: where it says
-``scaled_dot_product_attention``, ``gated_delta_update``, ``swiglu`` or ``nn.silu``, it finds ours. mlx-lm's modules are not touched,
-nor is generation: with one of mlx-lm's caches a layer runs mlx-lm's own code.
+A layer's class is extended (as wrappers do) by one whose ``__call__`` is mlx-lm's own code with other globals:
+where it says ``scaled_dot_product_attention``, ``gated_delta_update``, ``swiglu`` or ``nn.silu``, it finds ours.
+mlx-lm's modules are not touched, nor is generation: with one of mlx-lm's caches a layer runs mlx-lm's own code.
 
 Packed rows use the ``cache`` argument too: ``model(tokens, cache=model.segment_cache(segments))``.
 """
@@ -32,7 +33,8 @@ def prepare_for_training(model: nn.Module) -> nn.Module:
         model: an mlx-lm model. Layers whose code uses none of the functions replaced here are left alone.
 
     Returns:
-        The same object. It has ``segment_cache(segments)`` now, and trains packed rows where :func:`packing_supported` says so.
+        The same object. It has ``segment_cache(segments)`` now, and trains packed rows where
+        :func:`packing_supported` says so.
     """
     for module in model.modules():
         cls = type(module)
@@ -56,8 +58,9 @@ def attention(
 ) -> mx.array:
     """mlx-lm's ``scaled_dot_product_attention`` for whole training rows.
 
-    Blockwise where the mask is causal, with or without window and documents. MLX's own where the mask is an array or missing, with
-    attention sinks, for plain causal rows on CUDA (it has a fused backward pass there), and for one token.
+    Blockwise where the mask is causal, with or without window and documents. MLX's own where the mask is an array
+    or missing, with attention sinks, for plain causal rows on CUDA (it has a fused backward pass there), and for
+    one token.
     """
     num_tokens = queries.shape[2]
     if isinstance(mask, str):
@@ -103,15 +106,16 @@ def _replaced(call: FunctionType) -> dict[str, Any]:
 
 
 def _with_globals(call: FunctionType, replaced: dict[str, Any]) -> FunctionType:
-    new = FunctionType(call.__code__, {**call.__globals__, **replaced}, call.__name__, call.__defaults__, call.__closure__)
+    names = {**call.__globals__, **replaced}
+    new = FunctionType(call.__code__, names, call.__name__, call.__defaults__, call.__closure__)
     new.__kwdefaults__ = call.__kwdefaults__
     return new
 
 
 @lru_cache(maxsize=None)
 def _training_class(cls: type) -> type:
-    """``cls`` with a ``__call__`` that runs ours in training, and mlx-lm's with one of mlx-lm's caches (or in eval mode, for layers
-    that take none)."""
+    """``cls`` with a ``__call__`` that runs ours in training, and mlx-lm's with one of mlx-lm's caches (or in eval
+    mode, for layers that take none)."""
     original: FunctionType = cls.__call__
     replaced = _replaced(original)
     rebound = _with_globals(original, replaced)
@@ -128,7 +132,8 @@ def _training_class(cls: type) -> type:
         bound.arguments["cache"] = None
         segments, run = getattr(cache, "segments", None), rebound
         if "gated_delta_update" in replaced:
-            run = _with_globals(original, {**replaced, "gated_delta_update": partial(gated_delta_update, segments=segments)})
+            update = {"gated_delta_update": partial(gated_delta_update, segments=segments)}
+            run = _with_globals(original, replaced | update)
             bound.arguments["self"] = _with_segmented_convolutions(self, segments)
         elif segments is not None and "rope" in original.__code__.co_names:
             bound.arguments["self"] = _View(self, {"rope": partial(_restarted, self.rope, cache.positions)})
@@ -138,14 +143,18 @@ def _training_class(cls: type) -> type:
 
 
 def _restarted(rope: nn.Module, positions: mx.array, x: mx.array, offset: int = 0) -> mx.array:
-    """Rotary embedding of x (B, H, T, D) at ``positions`` (B, T): MLX takes one offset per row, so every token becomes a row."""
+    """Rotary embedding of x (B, H, T, D) at ``positions`` (B, T): MLX takes one offset per row, so every token
+    becomes a row.
+    """
     B, H, T, D = x.shape
     rows = rope(x.transpose(0, 2, 1, 3).reshape(B * T, H, 1, D), offset=positions.reshape(-1) + offset)
     return rows.reshape(B, T, H, D).transpose(0, 2, 1, 3)
 
 
 def _with_segmented_convolutions(module: nn.Module, segments: mx.array | None) -> nn.Module | _View:
-    """``module`` as seen by its own code when its depthwise convolutions, also those of its parts, stop at document borders."""
+    """``module`` as seen by its own code when its depthwise convolutions, also those of its parts, stop at document
+    borders.
+    """
     found: dict[str, Callable] = {}
     for name, child in module.items():
         if isinstance(child, nn.Conv1d):
@@ -162,8 +171,9 @@ def _with_segmented_convolutions(module: nn.Module, segments: mx.array | None) -
 def _core_class(cls: type) -> type:
     """The decoder stack: without a cache it tells its layers their windows in words instead of arrays."""
 
-    def call(self, inputs: mx.array, cache: list[Any] | None = None, *args: Any, **kwargs: Any) -> mx.array:  # noqa: ANN001
-        return cls.__call__(self, inputs, segment_caches(self.layers, None) if cache is None else cache, *args, **kwargs)
+    def call(self, inputs: mx.array, cache: Any = None, *args: Any, **kwargs: Any) -> mx.array:  # noqa: ANN001
+        cache = segment_caches(self.layers, None) if cache is None else cache
+        return cls.__call__(self, inputs, cache, *args, **kwargs)
 
     return _subclass(cls, {"__call__": call})
 
