@@ -133,7 +133,7 @@ def test_refusals_of_the_template_name_the_row(tmp_path):
 
 @pytest.mark.parametrize(
     ("template", "expected"),
-    [(CHATML, "Ann<|im_end|><b>Yes<|im_end|>"), (OPEN, "Ann<b>Yes<|end|>"),
+    [(CHATML, "Ann<|im_end|><b>Yes<|im_end|>"), (OPEN, "Ann<b>Yes<|endoftext|>"),
      (THINKING.replace("PROMPT", "<think>\\n"), "Ann<|im_end|>\n</think>\n\n<b>Yes<|im_end|>")],
 )
 def test_token_masks_spell_the_turns(tmp_path, template, expected):

@@ -5,7 +5,7 @@ from data_support import config, small_tokenizer, write_rows
 
 from trainer.data import load_splits
 
-EOS = "<|end|>"
+EOS = "<|endoftext|>"
 
 
 @pytest.fixture(scope="module")

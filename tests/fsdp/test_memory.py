@@ -17,7 +17,7 @@ NUM_RANKS = 4
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str, Any]]]:
+def measured(exhaustive: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str, Any]]]:
     """Each rank's bytes, by way of training."""
     folder = tmp_path_factory.mktemp("layers")
     shapes = [(name, array.shape) for name, array in tree_flatten(make_model("qwen3", **CHANGES).parameters())]

@@ -47,7 +47,7 @@ def test_wrong_uses_are_refused(checks: list[dict[str, Any]]) -> None:
     assert "1 micro-batches for 2 pipeline stages" in checks[0]["refusals"]["warnings"]
 
 
-def test_idle_time(checks: list[dict[str, Any]]) -> None:
+def test_idle_time(exhaustive: None, checks: list[dict[str, Any]]) -> None:
     """Catches stages that wait for each other more than a pipeline must, and a measure that says so wrongly."""
     measured, theory = checks[0]["bubble"]["measured"], checks[0]["bubble"]["theory"]
     assert 0.8 * theory < measured < 1.3 * theory, f"{measured:.1f} % idle, theory says {theory:.1f} %"
