@@ -242,6 +242,9 @@ def prepare_method(recipe: Recipe, base: BaseModel, keys: DropoutKeys) -> LoRASp
         paths = find_targets(model, lora.targets, lora.num_layers, recipe.method)
         spec = LoRASpec(paths, lora.rank, lora.alpha / lora.rank, lora.dropout, recipe.method)
         attach(model, spec, keys, recipe.seed)
+    outside = [path for path in spec.paths if "layers." not in path]
+    if spec.dropout > 0 and outside:
+        raise ValueError(f"lora.dropout={spec.dropout} works inside the layers only; {outside[0]} needs lora.dropout=0.")
     _require_trainable(model, f"method: {recipe.method}")
     return spec
 

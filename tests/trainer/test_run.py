@@ -113,6 +113,13 @@ def test_nothing_trainable_is_refused(rows, tmp_path):
         train(tiny_recipe(rows, tmp_path, lora={"targets": ["q_prj"]}), comm.solo(), Stop(), [])
 
 
+def test_dropout_outside_the_layers_is_refused(rows, tmp_path):
+    """Catches a failed assertion in the first step, where rows of the output head are no rows of the batch."""
+    lora = {"targets": ["q_proj", "embed_tokens"], "dropout": 0.1}
+    with pytest.raises(ValueError, match="embed_tokens needs lora.dropout=0"):
+        train(tiny_recipe(rows, tmp_path, lora=lora), comm.solo(), Stop(), [])
+
+
 def test_adapter_of_mlx_lm_is_taken_up(rows, tmp_path):
     """Catches lora.init_from that ignores the stored values, rank or scale."""
     train(tiny_recipe(rows, tmp_path / "first", lora={"rank": 4, "alpha": 12}), comm.solo(), Stop(), [])
