@@ -249,6 +249,7 @@ def warnings(recipe: Recipe) -> list[str]:
 
 def _ignored(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     """Keys that nothing reads in this recipe, and why."""
+    yield ("profile", "limits.loss_watchdog"), "in this version"
     if recipe.max_steps is not None:
         yield ("epochs",), "because max_steps is set"
     if recipe.method == "full":

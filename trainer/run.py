@@ -21,7 +21,7 @@ from trainer.agreement import require_same, together
 from trainer.blas import blas_hint
 from trainer.build import Parts, build
 from trainer.checkpoint import CheckpointFolder
-from trainer.config import Recipe
+from trainer.config import LimitsConfig, Recipe
 from trainer.loading import source_folder
 from trainer.flops import peak_tflops
 from trainer.loop import Due, Hooks, Loop, Progress
@@ -30,7 +30,7 @@ from trainer.metrics import JsonlSink, Metrics
 from trainer.optim import learning_rate
 from trainer.output import adapter_config, write_adapters, write_model
 from trainer.recipe import load_recipe, to_yaml
-from trainer.rules import resolve_mesh
+from trainer.rules import resolve_mesh, warnings
 from trainer.storage import write_json
 from trainer.terminal import TerminalSink
 from trainer.throughput import Throughput
@@ -44,7 +44,18 @@ def main(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     world = comm.init(recipe.parallel.backend if isinstance(recipe.parallel.backend, str) else "any")
     hint = blas_hint() if mx.default_device() == mx.cpu else None
-    return train(recipe, world, Stop().install(), [hint] if hint else [])
+    apply_limits(recipe.limits)
+    return train(recipe, world, Stop().install(), [*warnings(recipe), *([hint] if hint else [])])
+
+
+def apply_limits(limits: LimitsConfig) -> None:
+    """Set MLX's memory limits (GiB) where the recipe gives them; wired memory exists on Metal only."""
+    if limits.memory_gib is not None:
+        mx.set_memory_limit(int(limits.memory_gib * 2**30))
+    if limits.cache_gib is not None:
+        mx.set_cache_limit(int(limits.cache_gib * 2**30))
+    if limits.wired_gib is not None and mx.metal.is_available():
+        mx.set_wired_limit(int(limits.wired_gib * 2**30))
 
 
 class Stop:
