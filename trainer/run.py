@@ -102,6 +102,9 @@ def train(recipe: Recipe, world: comm.Group, stop: Stop, notices: list[str]) -> 
         require_same(world, parts.digests())
         progress = resume.restore(parts, found, notices.append)
     if progress.step >= parts.total_steps:
+        # Killed between the last checkpoint and the result: the result is still owed.
+        if not comm.broadcast_object(output_dir is not None and Path(_result_path(parts)).exists(), world):
+            write_result(parts, output_dir)
         _say_finished(recipe, world, progress)
         return 0
     metrics = together(world, lambda: _open_metrics(parts, output_dir, progress.step))

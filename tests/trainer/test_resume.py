@@ -93,6 +93,9 @@ def test_finished_run_says_so(rows, tmp_path, capsys):
     assert run_here(settings) == 0
     assert "is finished (2 steps)" in capsys.readouterr().out
     assert result(tmp_path) == before
+    (tmp_path / "adapters.safetensors").unlink()
+    assert run_here(settings) == 0
+    assert result(tmp_path) == before
 
 
 @pytest.mark.parametrize(
