@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
+from parallel.compiled import compiled, is_compilable
 from parallel.wrapper import parallel_state
 
 Batch = dict[str, mx.array]
@@ -42,13 +43,17 @@ class StepTimes:
         self._since = now
 
 
-def value_and_grad(model: nn.Module, loss_fn: LossFn) -> Step:
+def value_and_grad(model: nn.Module, loss_fn: LossFn, *, compile_local: bool = False) -> Step:
     """Build `step(micro_batches) -> (loss, grads, num_tokens)` for a plain or wrapped model.
 
     Args:
         model: an `nn.Module`, or one wrapped by this package's wrappers.
         loss_fn: `loss_fn(model, batch) -> (loss_sum, num_tokens)`: the SUM of the token losses of one
             micro-batch (float32 scalar) and how many tokens it is a sum over.
+        compile_local: trace forward and backward of a micro-batch once per shape with `mx.compile`. `loss_fn` then
+            cannot read values (`.item()`), and the model's flags are those of the first call. Summing over
+            micro-batches and ranks stays outside. No effect under TensorParallel, PipelineParallel and
+            FullyShardedDataParallel on several ranks, whose messages lie inside. Default: False.
 
     Returns:
         `step`: takes this rank's micro-batches, each `{"tokens": (B, L) int32, "mask": (B, L) bool,
@@ -59,7 +64,7 @@ def value_and_grad(model: nn.Module, loss_fn: LossFn) -> Step:
         `step(micro_batches, times)` fills a `StepTimes`; every rank must then pass one.
     """
     state = parallel_state(model)
-    local_step = state.runner(loss_fn) if state.runner else _accumulate(model, loss_fn)
+    local_step = state.runner(loss_fn) if state.runner else _accumulate(model, loss_fn, compile_local)
 
     def step(micro_batches: Sequence[Batch], times: StepTimes | None = None) -> tuple[mx.array, Any, mx.array]:
         loss, num_tokens, grads = local_step(micro_batches)
@@ -82,9 +87,10 @@ def value_and_grad(model: nn.Module, loss_fn: LossFn) -> Step:
     return step
 
 
-def _accumulate(model: nn.Module, loss_fn: LossFn) -> Callable:
+def _accumulate(model: nn.Module, loss_fn: LossFn, compile_local: bool) -> Callable:
     """Forward and backward of each micro-batch in turn; returns sums (loss, num_tokens, grads)."""
-    phases = parallel_state(model).phases
+    state = parallel_state(model)
+    phases = state.phases
 
     def forward(model: nn.Module, batch: Batch) -> tuple[mx.array, mx.array]:
         result = loss_fn(model, batch)
@@ -92,6 +98,8 @@ def _accumulate(model: nn.Module, loss_fn: LossFn) -> Callable:
         return result
 
     loss_and_grad = nn.value_and_grad(model, forward)
+    if compile_local and is_compilable(state):
+        loss_and_grad = compiled(model, loss_and_grad)
 
     def run(micro_batches: Sequence[Batch]) -> tuple[mx.array, mx.array, Any]:
         total = None

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from trainer.data import PlannedBatch, TokenizedRows, collate
+from trainer.data import PlannedBatch, TargetBounds, TokenizedRows, collate
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class StepData:
         num_tokens: real (non-padding) tokens of the global batch, all ranks.
         num_slots: token slots of the global batch, padding included.
         num_rows: rows (documents) of the global batch.
-        micro_batches: arrays of this rank's micro-batches.
+        micro_batches: arrays of this rank's micro-batches, and `max_targets`, the most targets of one of this shape.
     """
 
     epoch: int
@@ -60,11 +60,12 @@ class StepData:
     num_tokens: int
     num_slots: int
     num_rows: int
-    micro_batches: list[dict[str, np.ndarray]]
+    micro_batches: list[dict[str, np.ndarray | int]]
 
-    def arrays(self) -> list[dict[str, mx.array]]:
-        """The micro-batches as MLX arrays."""
-        return [{name: mx.array(value) for name, value in batch.items()} for batch in self.micro_batches]
+    def arrays(self) -> list[dict[str, mx.array | int]]:
+        """The micro-batches as MLX arrays; numbers stay Python's."""
+        as_array = lambda value: mx.array(value) if isinstance(value, np.ndarray) else value  # noqa: E731
+        return [{name: as_array(value) for name, value in batch.items()} for batch in self.micro_batches]
 
 
 class TrainingBatches:
@@ -81,6 +82,7 @@ class TrainingBatches:
     def __init__(self, rows: TokenizedRows, planner: Any, share: Share, seed: int, pad_id: int):
         self.rows, self.planner, self.share, self.seed, self.pad_id = rows, planner, share, seed, pad_id
         self.epoch, self.plan = 0, planner(0)
+        self.bounds = TargetBounds(rows.num_targets, rows.lengths, self.plan, share.micro_batch_size)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -94,11 +96,12 @@ class TrainingBatches:
             self.epoch, self.plan = epoch, self.planner(epoch)
         planned = self.plan[position]
         keys = row_keys(self.seed, step, self.share.global_batch_size)
+        max_targets = self.bounds.of(planned)
         micro_batches = []
         for index in range(self.share.accumulation):
             slots = self.share.slots(index)
             batch = collate(self.rows, planned, slots, self.pad_id)
-            micro_batches.append(batch | {"keys": keys[slots]})
+            micro_batches.append(batch | {"keys": keys[slots], "max_targets": max_targets})
         return StepData(
             epoch=epoch,
             position=position,

@@ -16,7 +16,6 @@ from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import comm
-from parallel import value_and_grad
 from trainer.bench_figures import SIDES, Measurement
 from trainer.build import Parts, build
 from trainer.config import Recipe
@@ -61,7 +60,7 @@ def _loop(parts: Parts, total_steps: int, log: Callable[[dict[str, float]], None
     hooks = Hooks(log=log, advance=lambda _: None, evaluate=lambda _: {}, save=lambda _: None, stop_signal=lambda: 0)
     return Loop(
         model=parts.model,
-        step_fn=value_and_grad(parts.model, parts.loss),
+        step_fn=parts.step_fn,
         optimizer=parts.optimizer,
         batches=parts.batches,
         total_steps=total_steps,

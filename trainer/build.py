@@ -6,7 +6,7 @@ LoRA, DoRA and full fine-tuning, packing, checkpointed layers and the mesh diffe
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import comm
-from parallel import DataParallel, FullyShardedDataParallel, PipelineParallel, TensorParallel
+from parallel import DataParallel, FullyShardedDataParallel, PipelineParallel, TensorParallel, value_and_grad
 from parallel.resolve import check_plan, plan_for
 from trainer.adapters import load_into, read_adapter
 from trainer.agreement import together
@@ -55,6 +55,8 @@ class Parts:
         flops_per_token: operations of one token, forward and backward, of the whole model.
         mesh: a group per axis, and the data-parallel ranks together.
         batch_dp: data-parallel ranks for which the recipe as written gives this global batch.
+        compile_step: compile the local part of a step. Default: on a GPU; on a CPU MLX would run a C++ compiler for
+            every kernel.
     """
 
     recipe: Recipe
@@ -69,6 +71,7 @@ class Parts:
     flops_per_token: float
     mesh: comm.Mesh | None = None
     batch_dp: int = 1
+    compile_step: bool = field(default_factory=lambda: mx.default_device() == mx.gpu)
 
     @property
     def model(self) -> nn.Module:
@@ -79,6 +82,11 @@ class Parts:
     def total_steps(self) -> int:
         """Optimizer updates of the whole run."""
         return self.recipe.max_steps or self.recipe.epochs * self.batches.steps_per_epoch
+
+    @cached_property
+    def step_fn(self) -> Callable:
+        """From micro-batches to loss and gradients, of all ranks."""
+        return value_and_grad(self.model, self.loss, compile_local=self.compile_step)
 
     @cached_property
     def optimizer(self) -> Optimizer:

@@ -28,10 +28,12 @@ class TokenLoss:
 
         Args:
             model: maps tokens to logits; see `parallel.hidden_and_head`.
-            batch: `tokens` (B, L) int32, `mask` (B, L) bool, `segments` (B, L) int32, `keys` (B, 2) uint32.
+            batch: `tokens` (B, L) int32, `mask` (B, L) bool, `segments` (B, L) int32, `keys` (B, 2) uint32, and
+                perhaps `max_targets`, the most True entries of a mask of this shape.
         """
         self.keys.current = batch["keys"]
         segments = batch["segments"] if self.packed else None
         hidden, head = hidden_and_head(model, batch["tokens"], segments)
         targets, mask = batch["tokens"][:, 1:], batch["mask"][:, 1:]
-        return linear_cross_entropy(hidden[:, :-1], head, targets, mask, with_gradients=model.training)
+        options = {"max_targets": batch.get("max_targets"), "with_gradients": model.training}
+        return linear_cross_entropy(hidden[:, :-1], head, targets, mask, **options)

@@ -13,7 +13,6 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 import comm
-from parallel import value_and_grad
 from parallel.layout import gather_tensors, model_layout
 from parallel.wrapper import parallel_state
 from trainer import resume
@@ -140,7 +139,7 @@ def make_loop(parts: Parts, folder: CheckpointFolder, metrics: Metrics, stop: St
     )
     return Loop(
         model=parts.model,
-        step_fn=value_and_grad(parts.model, parts.loss),
+        step_fn=parts.step_fn,
         optimizer=parts.optimizer,
         batches=parts.batches,
         total_steps=parts.total_steps,

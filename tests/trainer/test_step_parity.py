@@ -17,6 +17,8 @@ CASES = {
     "lora": {"architecture": "qwen3", "method": "lora", "lora": {"dropout": 0.3}},
     "full": {"architecture": "qwen3", "method": "full"},
     "moe": {"architecture": "qwen3_moe", "method": "lora"},
+    # Compiled on the two ranks, not in the one process.
+    "compiled": {"architecture": "qwen3_5", "method": "lora", "lora": {"dropout": 0.3}},
 }
 TOLERANCE = 1e-5  # float32, relative to each tensor's largest entry
 
@@ -60,7 +62,9 @@ def two_ranks(request, folder):
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_equal_one_process(folder, two_ranks, name):
-    """Catches means of per-rank means, wrong row division, and dropout that depends on the mesh."""
+    """Catches means of per-rank means, wrong row division, dropout that depends on the mesh, and messages inside the
+    compiled part of a step.
+    """
     assert_equal(two_ranks[name], whole(folder, name))
 
 

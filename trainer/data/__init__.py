@@ -12,10 +12,12 @@ from .plan import PlannedBatch, bucket_lengths, plan_epoch
 from .rows import TokenizedRows
 from .splits import Splits, load_split, load_splits
 from .synthetic import synthetic_rows
+from .targets import TargetBounds
 
 __all__ = [
     "PlannedBatch",
     "Splits",
+    "TargetBounds",
     "TokenizedRows",
     "bucket_lengths",
     "build_tokenizer",

@@ -83,6 +83,17 @@ class TokenizedRows:
             mine = self._store_of_row == index
             self.lengths[mine] = np.diff(store.offsets)[self._row_in_store[mine]]
 
+    @cached_property
+    def num_targets(self) -> np.ndarray:
+        """Target tokens per row, (N,) int64."""
+        counts = np.zeros(len(self), np.int64)
+        for index, store in enumerate(self._stores):
+            mine = self._store_of_row == index
+            if mine.any():
+                of_store = np.add.reduceat(store.mask, store.offsets[:-1], dtype=np.int64)
+                counts[mine] = of_store[self._row_in_store[mine]]
+        return counts
+
     @property
     def truncated(self) -> int:
         """Rows of the sources that were cut to the longest length."""

@@ -42,15 +42,21 @@ class Visibility:
         start = 0 if self.starts is None else int(self.starts[first_query])
         return start if self.window is None else max(start, first_query - self.window + 1)
 
-    def bias(self, queries: slice, keys: slice, repeats: int) -> mx.array:
-        """0 or a very negative number to add to the scores: (1 or B, 1, repeats * queries, keys), float32."""
+    def bias(self, queries: slice, keys: slice, repeats: int, after: mx.array) -> mx.array:
+        """0 or a very negative number to add to the scores: (1 or B, 1, repeats * queries, keys), float32.
+
+        It is made once ``after`` is there: free of it, the biases of all blocks and layers could be made ahead, or
+        under ``mx.compile`` once for all layers and passes, and would fill memory with T * T numbers.
+        """
         rows, columns = mx.arange(queries.start, queries.stop)[:, None], mx.arange(keys.start, keys.stop)
+        rows = mx.depends([rows], [after])[0]
         hidden = columns > rows
         if self.window is not None:
             hidden = hidden | (columns <= rows - self.window)
         hidden = hidden[None, None]
         if self.segments is not None:
-            hidden = hidden | (self.segments[:, None, queries, None] != self.segments[:, None, None, keys])
+            segments = mx.depends([self.segments], [after])[0]
+            hidden = hidden | (segments[:, None, queries, None] != segments[:, None, None, keys])
         return mx.tile(hidden.astype(mx.float32) * HIDDEN_SCORE, (1, 1, repeats, 1))
 
 
@@ -145,7 +151,7 @@ class _Blocks:
         return x.reshape(*x.shape[:2], self.repeats, -1, x.shape[-1])
 
     def _scores(self, query: mx.array, key: mx.array, rows: slice, columns: slice) -> mx.array:
-        bias = self.visible.bias(rows, columns, self.repeats)
+        bias = self.visible.bias(rows, columns, self.repeats, after=query)
         if query.dtype == mx.float32:
             return mx.addmm(bias, query * self.scale, key.swapaxes(-1, -2))
         return (query @ key.swapaxes(-1, -2)).astype(mx.float32) * self.scale + bias

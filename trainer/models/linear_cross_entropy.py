@@ -29,7 +29,7 @@ def linear_cross_entropy(
     targets: mx.array,
     mask: mx.array,
     *,
-    num_rows: int | None = None,
+    max_targets: int | None = None,
     with_gradients: bool = True,
 ) -> tuple[mx.array, mx.array]:
     """Sum of the targets' cross-entropies, and how many there are.
@@ -41,8 +41,8 @@ def linear_cross_entropy(
             exchanged).
         targets: (B, L) int token ids of the whole vocabulary.
         mask: (B, L) bool, False where a token does not count.
-        num_rows: how many of the B * L rows to keep; at least as many as True entries. Default: read from ``mask``,
-            rounded up to one of eight sizes. Needed only inside ``mx.compile``, where a mask cannot be read.
+        max_targets: how many True entries ``mask`` has at most, for use inside ``mx.compile``, where it cannot be
+            read. Default: all. Elsewhere the number is read, and rounded up to one of eight sizes.
         with_gradients: False leaves out the gradients' work (evaluation); the result then has no gradient.
 
     Returns:
@@ -52,9 +52,7 @@ def linear_cross_entropy(
     total = targets.size
     rows, targets, weights = hidden.reshape(total, -1), targets.reshape(total), mask.reshape(total)
     chunk = _chunk_rows(_Projection(head)(rows[:1]).shape[-1])
-    if num_rows is None:
-        step = _whole_64s(total / 8)
-        num_rows = min(total, -(-max(mx.sum(weights, stream=mx.cpu).item(), 1) // step) * step)
+    num_rows = _rows_to_keep(weights, max_targets)
     if num_rows < total:
         chosen = mx.argsort(mx.logical_not(weights))[:num_rows]
         rows, targets, weights = rows[chosen], targets[chosen], weights[chosen]
@@ -69,8 +67,15 @@ def _chunk_rows(vocabulary: int) -> int:
     return max(MIN_ROWS, budget // vocabulary // 64 * 64)
 
 
-def _whole_64s(rows: float) -> int:
-    return max(64, math.ceil(rows / 64) * 64)
+def _rows_to_keep(weights: mx.array, max_targets: int | None) -> int:
+    """At least as many as there are True entries, and few different numbers."""
+    total = weights.size
+    try:
+        max_targets = mx.sum(weights, stream=mx.cpu).item()
+    except ValueError:  # inside mx.compile
+        max_targets = total if max_targets is None else max_targets
+    step = max(64, math.ceil(total / 8 / 64) * 64)
+    return min(total, math.ceil(max(max_targets, 1) / step) * step)
 
 
 class _Projection:

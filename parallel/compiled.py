@@ -1,0 +1,47 @@
+"""The local part of a training step as one compiled function: forward and backward pass of one micro-batch.
+
+MLX traces a compiled function once per shape of its inputs and keeps every trace, so a run should bring few shapes.
+All arrays of the model are inputs, frozen ones too: an array that a trace captured would stay in it, old and in
+memory, after the model has got another one.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from parallel.wrapper import ParallelState
+
+# Axes whose collectives lie inside the forward and backward pass.
+_INNER_AXES = ("dp_shard", "pp", "tp")
+
+
+def is_compilable(state: ParallelState) -> bool:
+    """Whether no message passes inside the local part of the step: no rank but this one computes a micro-batch."""
+    return not any(axis in state.groups and state.groups[axis].size > 1 for axis in _INNER_AXES)
+
+
+def compiled(model: nn.Module, loss_and_grad: Callable[[nn.Module, Any], Any]) -> Callable[[nn.Module, Any], Any]:
+    """`loss_and_grad(model, batch)`, compiled.
+
+    Args:
+        model: the one that the result is called with. What is not an array (training mode, which parameters are
+            frozen) is taken as it is when a shape is traced.
+        loss_and_grad: returns a tree of arrays. It cannot read an array's values and leaves no array behind that
+            it made.
+
+    Returns:
+        A function of (model, batch); a batch may hold Python numbers, each of which makes a trace of its own.
+    """
+
+    def traced(parameters: Any, batch: Any) -> Any:
+        own = model.parameters()
+        model.update(parameters)
+        try:
+            return loss_and_grad(model, batch)
+        finally:
+            model.update(own)
+
+    function = mx.compile(traced)
+    return lambda _, batch: function(model.parameters(), batch)
