@@ -4,7 +4,7 @@ Research code imports from here; everything works the same on 1 and on N ranks.
 """
 
 from comm import init
-from parallel.api import StepTimes, evaluate, value_and_grad
+from parallel.api import Span, StepTimes, evaluate, value_and_grad
 from parallel.data import DataParallel
 from parallel.fsdp import FullyShardedDataParallel
 from parallel.heads import Head, hidden_and_head
@@ -21,6 +21,7 @@ __all__ = [
     "FullyShardedDataParallel",
     "Head",
     "PipelineParallel",
+    "Span",
     "StepTimes",
     "TensorParallel",
     "Wrapper",

@@ -22,24 +22,33 @@ LossFn = Callable[[nn.Module, Batch], tuple[mx.array, mx.array]]
 Step = Callable[..., tuple[mx.array, Any, mx.array]]
 
 
-class StepTimes:
-    """Seconds of the phases of one step that is evaluated phase by phase: `local`, `skew`, `reduce`.
+Span = tuple[str, float, float]
 
-    Overlap is lost in such a step, so only some steps are worth measuring.
+
+class StepTimes:
+    """When the phases of one step began and ended. `value_and_grad` fills `local`, `skew` and `reduce`.
+
+    Each phase is evaluated before the next begins, so overlap is lost and only some steps are worth measuring.
 
     Attributes:
-        seconds: phase to seconds on this rank; `skew` is the wait for the slowest rank.
+        spans: (phase, beginning, end) on this rank, in seconds of `time.perf_counter`; `skew` is the wait for the
+            slowest rank.
     """
 
     def __init__(self):
-        self.seconds: dict[str, float] = {}
+        self.spans: list[Span] = []
         self._since = time.perf_counter()
 
-    def end(self, phase: str, outputs: Any) -> None:
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Phase to seconds."""
+        return {phase: end - beginning for phase, beginning, end in self.spans}
+
+    def end(self, phase: str, outputs: Any = ()) -> None:
         """Evaluate `outputs` and give the time since the last phase to this one."""
         mx.eval(outputs)
         now = time.perf_counter()
-        self.seconds[phase] = now - self._since
+        self.spans.append((phase, self._since, now))
         self._since = now
 
 
@@ -72,7 +81,7 @@ def value_and_grad(model: nn.Module, loss_fn: LossFn, *, compile_local: bool = F
             times.end("local", [loss, num_tokens, grads])
             for group in state.loss_groups:
                 group.barrier()
-            times.end("skew", [])
+            times.end("skew")
         for reduce in state.reducers:
             grads = reduce(grads)
         if times is not None:

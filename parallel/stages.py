@@ -240,13 +240,14 @@ def choose_split(
 def _memory_of_stages(group: comm.Group, peers: Sequence[comm.Group]) -> list[int]:
     """Bytes that each stage's rank may use: its machine's memory over the ranks of this pipeline on it."""
     hosts = comm.all_gather_object(socket.gethostname(), group)
-    mebibytes = mx.array(_machine_bytes() // hosts.count(hosts[group.rank]) // 2**20, dtype=mx.int32)
+    mebibytes = mx.array(machine_bytes() // hosts.count(hosts[group.rank]) // 2**20, dtype=mx.int32)
     for peer in peers:
         mebibytes = peer.all_min(mebibytes)
     return [n * 2**20 for n in group.all_gather(mebibytes).tolist()]
 
 
-def _machine_bytes() -> int:
+def machine_bytes() -> int:
+    """Memory of this machine."""
     if mx.default_device() == mx.gpu:
         return int(mx.device_info()["memory_size"])
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -4,11 +4,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.generate import batch_generate
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import comm
 from trainer.data import TokenizedRows
+
+BEGINNING_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -18,21 +21,21 @@ class Answer:
     Attributes:
         row: index of the row in its split.
         prompt: what the model was shown, as text.
-        expected: the row's own answer.
+        expected: the row's own answer; None for a text row, which the model goes on with from its beginning.
         given: the model's answer.
     """
 
     row: int
     prompt: str
-    expected: str
+    expected: str | None
     given: str
 
     @property
     def correct(self) -> bool:
         """Equal up to white space at the ends."""
-        return self.given.strip() == self.expected.strip()
+        return self.expected is not None and self.given.strip() == self.expected.strip()
 
-    def as_sample(self) -> dict[str, str]:
+    def as_sample(self) -> dict[str, str | None]:
         """As the metrics' sinks show it."""
         return {"prompt": self.prompt, "expected": self.expected, "generated": self.given}
 
@@ -44,18 +47,25 @@ def answer_rows(
     indices: Sequence[int],
     max_new_tokens: int,
     group: comm.Group,
+    *,
+    continue_texts: bool = False,
 ) -> list[Answer]:
     """Answer rows greedily; every rank gets all answers.
 
     Args:
         model: an mlx-lm model, plain or wrapped.
         tokenizer: the model's.
-        rows: a split of rows that have an answer.
-        indices: rows to answer; those without an answer of their own are left out.
+        rows: a split.
+        indices: rows to answer.
         max_new_tokens: longest answer.
         group: ranks that share the work; each holds the whole model.
+        continue_texts: go on from the beginning of a row that has no answer of its own; by default it is left out.
     """
-    asked = [(i, *rows.prompt(i)) for i in indices[group.rank :: group.size] if rows.prompt(i) is not None]
+    asked = [
+        (i, *question)
+        for i in indices[group.rank :: group.size]
+        if (question := rows.prompt(i) or (_beginning(rows, i) if continue_texts else None)) is not None
+    ]
     was_training = model.training
     model.eval()
     texts = _generate(model, tokenizer, [prompt.tolist() for _, prompt, _ in asked], max_new_tokens)
@@ -63,6 +73,12 @@ def answer_rows(
     mine = [Answer(i, tokenizer.decode(p.tolist()), e, t) for (i, p, e), t in zip(asked, texts)]
     shared = comm.all_gather_object([asdict(answer) for answer in mine], group)
     return sorted((Answer(**fields) for part in shared for fields in part), key=lambda answer: answer.row)
+
+
+def _beginning(rows: TokenizedRows, index: int) -> tuple[np.ndarray, None]:
+    """The first half of a row, so that much of it is left to say."""
+    tokens = rows.tokens(index)
+    return tokens[: max(1, min(BEGINNING_TOKENS, len(tokens) // 2))], None
 
 
 def _generate(

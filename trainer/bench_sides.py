@@ -22,8 +22,9 @@ from trainer.config import Recipe
 from trainer.data import TokenizedRows, corpus, load_splits
 from trainer.flops import peak_tflops
 from trainer.loading import materialize, open_model, open_tokenizer
-from trainer.loop import Due, Hooks, Loop, Progress
+from trainer.loop import Due, Hooks, Loop
 from trainer.lora import find_targets
+from trainer.progress import Progress
 from trainer.throughput import GIB, Throughput
 
 NEVER = 10**9
@@ -57,7 +58,6 @@ def measure_trainer(recipe: Recipe, warmup: int, steps: int) -> Measurement | No
 
 def _loop(parts: Parts, total_steps: int, log: Callable[[dict[str, float]], None]) -> Loop:
     """The run's own loop, with a row of metrics for every step and nothing written."""
-    hooks = Hooks(log=log, advance=lambda _: None, evaluate=lambda _: {}, save=lambda _: None, stop_signal=lambda: 0)
     return Loop(
         model=parts.model,
         step_fn=parts.step_fn,
@@ -68,7 +68,7 @@ def _loop(parts: Parts, total_steps: int, log: Callable[[dict[str, float]], None
         max_grad_norm=parts.recipe.max_grad_norm,
         world=parts.world,
         due=Due(log=1, evaluate=0, checkpoint=0),
-        hooks=hooks,
+        hooks=Hooks(log=log),
         throughput=Throughput(parts.world.size, flops_per_token=parts.flops_per_token, peak_tflops=peak_tflops()),
     )
 

@@ -1,6 +1,7 @@
 """Checkpoints on rank 0's disk: complete or absent, checked before use, the same bytes for the same run.
 
     checkpoints/step-0000100/   weights.safetensors optimizer.safetensors …  state.json  manifest.json
+    checkpoints/best            names the checkpoint that is kept as the best one; usable wherever a checkpoint is
 
 A checkpoint is written as ``step-0000100.tmp``, flushed, and renamed; ``manifest.json`` holds each file's SHA-256 and
 size. What a run needs beside tensors goes into ``state.json``; its meaning is the training loop's business.
@@ -14,12 +15,22 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from trainer.storage import TMP_SUFFIX, FileRecord, atomic_folder, explain, file_record, remove, write_json
+from trainer.storage import (
+    TMP_SUFFIX,
+    FileRecord,
+    atomic_file,
+    atomic_folder,
+    explain,
+    file_record,
+    remove,
+    write_json,
+)
 from trainer.tensor_files import MAX_SHARD_BYTES, NamedTensors, consume, write_tensors
 
 STATE_FILE = "state.json"
 MANIFEST_FILE = "manifest.json"
 MANIFEST_FORMAT = 1
+BEST_FILE = "best"
 STEP_NAME = re.compile(r"step-(\d{7,})")
 
 
@@ -70,13 +81,26 @@ class CheckpointFolder:
         self.folder = folder
         self.keep_last = keep_last
         self.max_shard_bytes = max_shard_bytes
-        self.pinned: set[int] = set()
+        self.pinned: int | None = None
 
     def pin(self, step: int | None) -> None:
-        """Keep the checkpoint of this step (the best one, say) beside the last ones; None keeps no such one."""
-        self.pinned = set() if step is None else {step}
+        """From the next save on, keep the checkpoint of this step, the best one, beside the last ones; None: none."""
+        self.pinned = step
 
-    def save(self, step: int, files: dict[str, NamedTensors], state: dict) -> Path | None:
+    def mark_best(self) -> None:
+        """Let ``best`` name the pinned checkpoint; without one, ``best`` goes away. ``save`` does this too."""
+        if self.folder is None:
+            return
+        mark = self.folder / BEST_FILE
+        if self.pinned is None:
+            mark.unlink(missing_ok=True)
+        else:
+            with atomic_file(mark) as file:
+                file.write_text(_name(self.pinned) + "\n")
+
+    def save(
+        self, step: int, files: dict[str, NamedTensors], state: dict, *, keep_all: bool = False
+    ) -> Path | None:
         """Write a checkpoint, then remove those that are no longer kept.
 
         Also removed: left-overs of interrupted saves, and checkpoints of later steps, which belong to a future that
@@ -87,6 +111,7 @@ class CheckpointFolder:
             files: Set name -> (tensor name, array) pairs, the same sets in the same order on every rank. Pairs are
                 asked for one at a time, each written before the next, so a generator may gather them.
             state: JSON-able.
+            keep_all: Remove no earlier checkpoint this time.
 
         Returns:
             The checkpoint's folder; None without a disk.
@@ -98,7 +123,7 @@ class CheckpointFolder:
             for tensors in files.values():
                 consume(tensors)
             return None
-        target = self.folder / f"step-{step:07d}"
+        target = self.folder / _name(step)
         remaining = dict(files)
         try:
             with atomic_folder(target) as tmp:
@@ -107,12 +132,22 @@ class CheckpointFolder:
                     tensors = remaining.pop(name)
                     records |= write_tensors(tmp, name, tensors, max_shard_bytes=self.max_shard_bytes)
                 _write_state(tmp, step, state, records)
+            self.mark_best()
         except OSError as error:
             for tensors in remaining.values():
                 consume(tensors)
             raise CheckpointError(self._failure(step, error)) from error
-        self._prune(step)
+        self._prune(step, keep_all)
         return target
+
+    def holds(self, step: int) -> bool:
+        """Whether a checkpoint of this step is there."""
+        return self.folder is not None and (self.folder / _name(step) / MANIFEST_FILE).is_file()
+
+    def open_step(self, step: int) -> Checkpoint:
+        """Open the checkpoint of a step, after the same check as ``newest``. Raises CheckpointError."""
+        assert self.folder is not None, "only a rank with a disk reads"
+        return open_checkpoint(self.folder / _name(step))
 
     def newest(self, notice: Callable[[str], None]) -> Checkpoint | None:
         """The newest checkpoint that is whole, or None.
@@ -137,7 +172,7 @@ class CheckpointFolder:
         named = [path for path in self.folder.iterdir() if path.is_dir() and STEP_NAME.fullmatch(path.name)]
         return sorted(named, key=_step_of)
 
-    def _prune(self, step: int) -> None:
+    def _prune(self, step: int, keep_all: bool) -> None:
         """Called only once the checkpoint of ``step`` stands."""
         assert self.folder is not None, "a rank without a disk has nothing to prune"
         for leftover in self.folder.glob(f"step-*{TMP_SUFFIX}"):
@@ -146,15 +181,15 @@ class CheckpointFolder:
         for path in self._folders():
             if _step_of(path) > step:
                 remove(path)
-            elif path.name != f"step-{step:07d}":
+            elif path.name != _name(step):
                 older.append(path)
-        if self.keep_last is None:
+        if self.keep_last is None or keep_all:
             return
         # One whose sizes are wrong is not counted, so it never pushes out one that could still be used.
         usable = [path for path in older if _sizes_match(path)]
         kept = usable[max(0, len(usable) - (self.keep_last - 1)) :]
         for path in older:
-            if path not in kept and _step_of(path) not in self.pinned:
+            if path not in kept and _step_of(path) != self.pinned:
                 remove(path)
 
     def _failure(self, step: int, error: OSError) -> str:
@@ -166,12 +201,27 @@ class CheckpointFolder:
         )
 
 
+def follow_best(path: Path) -> Path:
+    """The checkpoint that a ``best`` file names; any other path as it is.
+
+    Raises:
+        CheckpointError: The file names no checkpoint.
+    """
+    if path.name != BEST_FILE or not path.is_file():
+        return path
+    name = path.read_text().strip()
+    if not STEP_NAME.fullmatch(name):
+        raise CheckpointError(f"{path} was changed: it names no checkpoint.")
+    return path.with_name(name)
+
+
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Check every file of a checkpoint against its manifest, and open it.
+    """Check every file of a checkpoint (or of the one that ``best`` names) against its manifest, and open it.
 
     Raises:
         CheckpointError: A file is missing, torn or changed, or the folder is no checkpoint. The text names it.
     """
+    path = follow_best(path)
     for name, written in _manifest(path).items():
         if not (path / name).is_file():
             raise CheckpointError(f"Checkpoint {path} is not whole: {name} is missing.")
@@ -218,6 +268,10 @@ def _sizes_match(path: Path) -> bool:
     except CheckpointError:
         return False
     return all((path / name).is_file() and (path / name).stat().st_size == r.num_bytes for name, r in records.items())
+
+
+def _name(step: int) -> str:
+    return f"step-{step:07d}"
 
 
 def _step_of(path: Path) -> int:

@@ -38,9 +38,9 @@ def setting(
         words: Words with a special meaning in a field that also takes any other text.
         also: What other trainers call it: such a key is refused and pointed to this one.
     """
-    limits = {"minimum": minimum, "above": above, "maximum": maximum, "below": below}
+    bounds = {"minimum": minimum, "above": above, "maximum": maximum, "below": below}
     metadata = {"help": help, "words": words, "also": also}
-    metadata |= {name: bound for name, bound in limits.items() if bound is not None}
+    metadata |= {name: bound for name, bound in bounds.items() if bound is not None}
     if isinstance(default, type):
         return dataclasses.field(default_factory=default, metadata=metadata)
     if isinstance(default, list):
@@ -176,12 +176,8 @@ class OptimizerConfig:
         minimum=0,
         also=("learning_rate",),
     )
-    weight_decay: float = setting(
-        0.01, "Pull towards zero, on tensors of two or more dimensions only.", minimum=0
-    )
-    betas: list[float] = setting(
-        [0.9, 0.999], "Averaging of the first and second moment.", minimum=0, below=1
-    )
+    weight_decay: float = setting(0.01, "Pull towards zero, on tensors of two or more dimensions only.", minimum=0)
+    betas: list[float] = setting([0.9, 0.999], "Averaging of the first and second moment.", minimum=0, below=1)
     eps: float = setting(1e-8, "Added to the denominator of Adam.", above=0)
     bias_correction: bool = setting(True, "Adam and AdamW as published; false = as mlx-lm trains by default.")
     master_weights: bool = setting(
@@ -234,11 +230,14 @@ class EvalConfig:
 
     every: int = setting(200, "Steps between validations; 0 = only at the end.", minimum=0)
     batches: int = setting(-1, "Batches of each validation; -1 = the whole split.", minimum=-1)
-    generate: int = setting(0, "Held-out rows to answer and show beside the right answer.", minimum=0)
+    generate: int = setting(0, "Held-out rows to answer (or texts to go on with), the same each time.", minimum=0)
     exact_match: bool = setting(False, "Answer the held-out rows and report the share that is exactly right.")
     max_new_tokens: int = setting(64, "Longest answer to generate.", minimum=1)
     patience: int | None = setting(
-        None, "Stop after so many validations without a better loss; null = never.", minimum=1
+        None,
+        "Stop after so many validations without a better loss. The best checkpoint is kept, as checkpoints/best, and "
+        "its weights are the result; null = never, the last weights are.",
+        minimum=1,
     )
 
 
@@ -247,7 +246,7 @@ class CheckpointConfig:
     """What is kept of an unfinished run."""
 
     every: int = setting(100, "Steps between checkpoints; 0 = only at the end.", minimum=0)
-    keep_last: int = setting(3, "Older checkpoints are deleted.", minimum=1, also=("save_total_limit",))
+    keep_last: int = setting(3, "Older ones are deleted, but for the best.", minimum=1, also=("save_total_limit",))
     resume: str = setting(
         "auto",
         "auto = the newest whole checkpoint, if any; none = start anew; or a checkpoint folder.",
@@ -262,9 +261,7 @@ class WandbConfig:
 
     project: str | None = setting(None, "Project that gets the run; null = no W&B.")
     name: str | None = setting(None, "Name of the run; null = that of the output folder.")
-    mode: Literal["online", "offline", "disabled"] = setting(
-        "online", "offline writes the run to disk, for `wandb sync`."
-    )
+    mode: Literal["online", "offline", "disabled"] = setting("online", "offline = to disk, for `wandb sync`.")
 
 
 @dataclass
@@ -282,12 +279,14 @@ class LimitsConfig:
     memory_gib: float | None = setting(None, "MLX waits for memory to come free above this.", above=0)
     cache_gib: float | None = setting(None, "Freed memory that MLX keeps for later.", minimum=0)
     wired_gib: float | None = setting(None, "Memory that macOS may not page out.", minimum=0)
-    loss_watchdog: float | None = setting(None, "Stop when the training loss stays above this.", above=0)
+    loss_watchdog: float | None = setting(
+        None, "Give up (exit code 1) when the training loss of 3 rows of metrics in a row is above this.", above=0
+    )
 
 
 @dataclass
 class ProfileConfig:
-    """A trace of some steps."""
+    """A trace of some steps in output_dir/profile: Chrome's format, and a Metal capture where that is switched on."""
 
     start: int = setting(10, "First traced step.", minimum=1)
     steps: int = setting(3, "How many steps are traced.", minimum=1)
@@ -320,12 +319,8 @@ class Recipe:
         minimum=1,
         also=("gradient_accumulation_steps",),
     )
-    epochs: int = setting(
-        1, "Passes over the training rows.", minimum=1, also=("num_train_epochs", "num_epochs")
-    )
-    max_steps: int | None = setting(
-        None, "Optimizer updates; decides instead of epochs.", minimum=1, also=("iters",)
-    )
+    epochs: int = setting(1, "Passes over the training rows.", minimum=1, also=("num_train_epochs", "num_epochs"))
+    max_steps: int | None = setting(None, "Optimizer updates; decides instead of epochs.", minimum=1, also=("iters",))
     optimizer: OptimizerConfig = setting(OptimizerConfig, "The update rule.")
     schedule: ScheduleConfig = setting(ScheduleConfig, "The learning rate over the run.")
     max_grad_norm: float | None = setting(

@@ -55,10 +55,19 @@ class Evaluator:
         return {"eval/loss": loss, "eval/ppl": math.exp(min(loss, 700.0))}
 
     def answers(self) -> list[Answer]:
-        """Answers to the held-out rows that the recipe asks for: all for `exact_match`, else the first `generate`."""
+        """Answers to the held-out rows that the recipe asks for, always the same ones.
+
+        All rows for `exact_match`, else the first `generate`; of rows of plain text, the first ones are continued.
+        """
         wanted = len(self.rows) if self.config.exact_match else min(self.config.generate, len(self.rows))
         return answer_rows(
-            self.model, self.tokenizer, self.rows, range(wanted), self.config.max_new_tokens, self.group
+            self.model,
+            self.tokenizer,
+            self.rows,
+            range(wanted),
+            self.config.max_new_tokens,
+            self.group,
+            continue_texts=not self.config.exact_match,
         )
 
     def run(self) -> tuple[dict[str, float], list[Answer]]:

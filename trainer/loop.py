@@ -5,21 +5,21 @@ a checkpoint is due. What they are made of is decided in `trainer.build`.
 """
 
 import math
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 import comm
-from parallel import StepTimes, clip_grad_norm
+from parallel import Span, StepTimes, clip_grad_norm
 from parallel.api import Batch, Step
 from parallel.wrapper import parallel_state
 from trainer.batches import StepData, TrainingBatches
 from trainer.optim import Optimizer
+from trainer.progress import Progress, StopRules
 from trainer.throughput import Throughput, communication_row, memory_row
 
 
@@ -37,31 +37,6 @@ def clipped_gradients(
 
 
 @dataclass
-class Progress:
-    """How far a run is; saved with every checkpoint.
-
-    Attributes:
-        step: optimizer updates done, skipped ones included.
-        num_tokens: real tokens seen.
-        skipped_steps: updates left out because loss or gradient norm was not finite.
-        window_loss, window_tokens: loss sum and target tokens since the last row of metrics.
-        best_loss, bad_evals: lowest validation loss, and validations since.
-    """
-
-    step: int = 0
-    num_tokens: int = 0
-    skipped_steps: int = 0
-    window_loss: float = 0.0
-    window_tokens: int = 0
-    best_loss: float | None = None
-    bad_evals: int = 0
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-able."""
-        return asdict(self)
-
-
-@dataclass
 class Due:
     """How often things happen, in steps; 0 = only at the end."""
 
@@ -76,17 +51,21 @@ class Hooks:
 
     Attributes:
         log: gets a row of metrics.
-        advance: gets the number of updates done, after each.
         evaluate: validates at a step; returns the metrics, or an empty dict where there is nothing to validate.
         save: writes a checkpoint.
+        before_step: gets the number of the coming update; returns whether to measure it in phases.
+        after_step: gets the number of an update, and the spans of its phases.
         stop_signal: number of the signal that asked this rank to stop, or 0.
+        checkpoint_wanted: whether this rank was asked for a checkpoint.
     """
 
     log: Callable[[dict[str, float]], None]
-    advance: Callable[[int], None]
-    evaluate: Callable[[int], dict[str, float]]
-    save: Callable[[Progress], None]
-    stop_signal: Callable[[], int]
+    evaluate: Callable[[int], dict[str, float]] = lambda step: {}
+    save: Callable[[Progress], None] = lambda progress: None
+    before_step: Callable[[int], bool] = lambda step: False
+    after_step: Callable[[int, list[Span]], None] = lambda step, spans: None
+    stop_signal: Callable[[], int] = lambda: 0
+    checkpoint_wanted: Callable[[], bool] = lambda: False
 
 
 @dataclass
@@ -104,7 +83,7 @@ class Loop:
         world: all ranks.
         due, hooks: what happens when.
         throughput: counts tokens and time between rows of metrics.
-        patience: validations without a better loss before the run ends, or None.
+        rules: what ends the run before its last step.
         last_step: metrics of the latest step alone.
         usual_compute: seconds for loss and gradients of each step since the last row that ran undisturbed.
     """
@@ -120,83 +99,80 @@ class Loop:
     due: Due
     hooks: Hooks
     throughput: Throughput
-    patience: int | None = None
+    rules: StopRules = StopRules()
     last_step: dict[str, float] = field(default_factory=dict)
     usual_compute: list[float] = field(default_factory=list)
 
     def run(self, progress: Progress) -> int:
-        """Train from `progress` to the end, or until a signal or the patience stops it.
+        """Train from `progress` to the end, or until a signal or one of the rules stops it.
 
         Returns:
-            The number of the signal that ended the run, else 0. The last checkpoint is written either way.
+            The number of the signal that ended the run, else 0. The last checkpoint is written in any case.
         """
         signal = 0
         last_saved = progress.step if progress.step else None
         self.throughput.restart()
-        waiting_since = time.perf_counter()
+        clock = StepTimes()
         for data in self.batches.steps(progress.step, self.total_steps):
-            self.last_step = {"time/data_s": time.perf_counter() - waiting_since}
+            clock.end("data")
+            phases = self._phases(progress)
             # With a row for every step there is no undisturbed one to count instead.
-            sampled = self._is_sampled(progress) and self.due.log > 1
-            with self.throughput.paused() if sampled else nullcontext():
-                self._step(data, progress, counted=not sampled)
-            self.hooks.advance(progress.step)
+            counted = phases is None or self.due.log == 1
+            with nullcontext() if counted else self.throughput.paused():
+                self._step(data, progress, clock, phases)
+            if counted:
+                self.throughput.add(data.num_tokens, data.num_rows, data.num_slots)
+            self.hooks.after_step(progress.step, clock.spans + (phases.spans if phases else []))
             if self._is_due(self.due.log, progress):
                 self._log(progress)
-            stop = False
+            is_best = False
             if self._is_due(self.due.evaluate, progress):
                 with self.throughput.paused():
-                    stop = self._evaluate(progress)
-            signal = self._agreed_signal()
-            stop = stop or signal != 0
-            if stop or self._is_due(self.due.checkpoint, progress):
+                    loss = self.hooks.evaluate(progress.step).get("eval/loss")
+                is_best = self.rules.note_validation(progress, loss)
+            signal, wanted = self._agreed_requests()
+            stop = signal or self.rules.is_given_up(progress) or self.rules.is_patience_used_up(progress)
+            if stop or wanted or is_best or self._is_due(self.due.checkpoint, progress):
                 with self.throughput.paused():
                     self.hooks.save(progress)
                 last_saved = progress.step
             if stop:
                 break
-            waiting_since = time.perf_counter()
+            clock = StepTimes()
         if last_saved != progress.step:
             self.hooks.save(progress)
         return signal
 
-    def _step(self, data: StepData, progress: Progress, counted: bool) -> None:
+    def _step(self, data: StepData, progress: Progress, clock: StepTimes, phases: StepTimes | None) -> None:
         """One update, or a counted skip when loss or norm is not finite (equal on all ranks, being reduced)."""
-        times = StepTimes() if self._is_sampled(progress) else None
-        started = time.perf_counter()
         loss, grads, norm, num_targets = clipped_gradients(
-            self.step_fn, data.arrays(), self.max_grad_norm, self.model, times
+            self.step_fn, data.arrays(), self.max_grad_norm, self.model, phases
         )
-        computed = time.perf_counter()
+        clock.end("compute")
         rate = self.rate(progress.step)
-        finite = math.isfinite(loss.item()) and math.isfinite(norm.item())
-        if finite:
+        if math.isfinite(loss.item()) and math.isfinite(norm.item()):
             self.optimizer.update(self.model, grads, rate)
-            mx.eval(self.model.trainable_parameters(), self.optimizer.state)
             progress.window_loss += loss.item() * num_targets.item()
             progress.window_tokens += num_targets.item()
         else:
             progress.skipped_steps += 1
+        clock.end("optimizer", [self.model.trainable_parameters(), self.optimizer.state])
         progress.step += 1
         progress.num_tokens += data.num_tokens
-        if counted:
-            self.throughput.add(data.num_tokens, data.num_rows, data.num_slots)
-        self.last_step |= {
-            "train/grad_norm": norm.item(),
-            "train/learning_rate": rate,
-            "time/compute_s": computed - started,
-            "time/optimizer_s": time.perf_counter() - computed,
-        }
-        if times is None:
-            self.usual_compute.append(computed - started)
+        self.last_step = {f"time/{phase}_s": seconds for phase, seconds in clock.seconds.items()}
+        self.last_step |= {"train/grad_norm": norm.item(), "train/learning_rate": rate}
+        if phases is None:
+            self.usual_compute.append(clock.seconds["compute"])
         else:
-            self.last_step |= communication_row(times, self.usual_compute, self.model, self.world)
+            self.last_step |= communication_row(phases, self.usual_compute, self.model, self.world)
             self.usual_compute.clear()
 
-    def _is_sampled(self, progress: Progress) -> bool:
-        """Whether the coming step is measured in phases: the one before a row, where ranks share the batch."""
+    def _phases(self, progress: Progress) -> StepTimes | None:
+        """For the coming step, if it is measured in phases: before a row where ranks share the batch, or on request."""
+        is_traced = self.hooks.before_step(progress.step + 1)
         shared = any(group.size > 1 for group in parallel_state(self.model).groups.values())
-        return shared and (progress.step + 1) % self.due.log == 0
+        is_sampled = shared and (progress.step + 1) % self.due.log == 0
+        return StepTimes() if is_traced or is_sampled else None
 
     def _log(self, progress: Progress) -> None:
         row = {
@@ -207,23 +183,18 @@ class Loop:
         }
         if progress.window_tokens:
             row["train/loss"] = progress.window_loss / progress.window_tokens
+        self.rules.note_row(progress, row.get("train/loss"))
         progress.window_loss, progress.window_tokens = 0.0, 0
         self.hooks.log(row | self.last_step | self.throughput.row() | memory_row())
-
-    def _evaluate(self, progress: Progress) -> bool:
-        """Validate; returns whether the patience is used up."""
-        loss = self.hooks.evaluate(progress.step).get("eval/loss")
-        if loss is None:
-            return False
-        if progress.best_loss is None or loss < progress.best_loss:
-            progress.best_loss, progress.bad_evals = loss, 0
-        else:
-            progress.bad_evals += 1
-        return self.patience is not None and progress.bad_evals >= self.patience
 
     def _is_due(self, every: int, progress: Progress) -> bool:
         return progress.step == self.total_steps or (every > 0 and progress.step % every == 0)
 
-    def _agreed_signal(self) -> int:
-        """The signal that any rank received; asked after every step so that all ranks stop at the same one."""
-        return int(self.world.all_max(mx.array(self.hooks.stop_signal(), dtype=mx.int32)).item())
+    def _agreed_requests(self) -> tuple[int, int]:
+        """The signal that any rank received, and whether one was asked for a checkpoint.
+
+        One message after every step, so that all ranks act at the same one. A signal outranks a checkpoint, which
+        it brings anyway.
+        """
+        own = 2 * self.hooks.stop_signal() + self.hooks.checkpoint_wanted()
+        return divmod(int(self.world.all_max(mx.array(own, dtype=mx.int32)).item()), 2)

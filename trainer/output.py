@@ -19,6 +19,7 @@ from trainer.tensor_files import (
     MAX_SHARD_BYTES,
     NamedTensors,
     consume,
+    consuming,
     tensor_sizes,
     write_tensor_file,
     write_tensors,
@@ -80,8 +81,9 @@ def write_adapters(output_dir: Path | None, tensors: NamedTensors, config: dict[
     Raises:
         OSError: The folder cannot be written; the former adapters are untouched.
     """
+    tensors = list(tensors)
+    consume(tensors)
     if output_dir is None:
-        consume(tensors)
         return
     output_dir.mkdir(parents=True, exist_ok=True)
     with atomic_file(output_dir / ADAPTERS_FILE) as tensors_file, atomic_file(output_dir / ADAPTER_CONFIG_FILE) as file:
@@ -115,7 +117,7 @@ def write_model(
     if folder is None:
         consume(tensors)
         return
-    with atomic_folder(folder) as tmp:
+    with consuming(tensors) as tensors, atomic_folder(folder) as tmp:
         shards = write_tensors(tmp, "model", tensors, max_shard_bytes=max_shard_bytes)
         write_json(tmp / "model.safetensors.index.json", _index(tmp, shards))
         tokenizer.save_pretrained(str(tmp))

@@ -12,7 +12,7 @@ import comm
 from parallel.layout import model_layout, slice_tensors
 from trainer.agreement import broadcast_tensors, together
 from trainer.build import Notice
-from trainer.checkpoint import CheckpointError, CheckpointFolder, open_checkpoint
+from trainer.checkpoint import CheckpointError, CheckpointFolder, follow_best, open_checkpoint
 from trainer.config import Recipe
 from trainer.output import ADAPTER_CONFIG_FILE, ADAPTERS_FILE
 from trainer.recipe import load_recipe
@@ -24,7 +24,7 @@ def recipe_of(target: str, overrides: list[str]) -> Recipe:
     Raises:
         ValueError: there is none.
     """
-    path = Path(target)
+    path = _path(target)
     if not path.is_dir():
         raise ValueError(f"{target!r} is no folder; give a run's output folder or one of its checkpoints.")
     for folder in (path, path.parent.parent):
@@ -63,7 +63,7 @@ def load_result(parts: HasModel, target: str, notice: Notice) -> None:
         ValueError: there is nothing to load.
     """
     world = parts.world
-    tensors = together(world, lambda: _read(Path(target), notice) if world.rank == 0 else None)
+    tensors = together(world, lambda: _read(_path(target), notice) if world.rank == 0 else None)
     known = dict(tree_flatten(parts.model.parameters()))
     names = comm.broadcast_object(sorted(tensors or ()), world)
     foreign = comm.all_gather_object([name for name in names if name not in known], world)
@@ -72,6 +72,13 @@ def load_result(parts: HasModel, target: str, notice: Notice) -> None:
         raise ValueError(f"{target!r} holds {min(nowhere)!r}, which the recipe's model does not have.")
     loaded = slice_tensors(model_layout(parts.model), broadcast_tensors(world, tensors), known)
     parts.model.update(tree_unflatten([(name, value.astype(known[name].dtype)) for name, value in loaded]))
+
+
+def _path(target: str) -> Path:
+    try:
+        return follow_best(Path(target))
+    except CheckpointError as error:
+        raise ValueError(str(error)) from error
 
 
 def _read(path: Path, notice: Notice) -> dict[str, mx.array]:

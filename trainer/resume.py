@@ -18,7 +18,7 @@ from trainer.agreement import broadcast_tensors, together
 from trainer.build import Parts
 from trainer.checkpoint import Checkpoint, CheckpointError, CheckpointFolder
 from trainer.config import Recipe
-from trainer.loop import Progress
+from trainer.progress import WATCHDOG_ROWS, Progress
 from trainer.rules import resolve_batch
 
 FREE_SECTIONS = ("optimizer", "schedule", "epochs", "max_steps", "max_grad_norm", "gradient_checkpointing")
@@ -39,7 +39,11 @@ class Found:
 
 
 def save(parts: Parts, folder: CheckpointFolder, progress: Progress) -> None:
-    """Write a checkpoint: trainable weights, optimizer state, and what continues the plan. Every rank calls it."""
+    """Write a checkpoint: trainable weights, optimizer state, and what continues the plan. Every rank calls it.
+
+    With a patience the best one stays beside the last ones. A run that is given up loses none: what it learned lately
+    may be worth nothing.
+    """
     layout = model_layout(parts.model)
     weights = tree_flatten(parts.model.trainable_parameters())
     files = {
@@ -58,7 +62,9 @@ def save(parts: Parts, folder: CheckpointFolder, progress: Progress) -> None:
         "seed": parts.recipe.seed,
     }
     # A save that fails on rank 0 still takes part in every gather, so the ranks can agree about it afterwards.
-    together(parts.world, lambda: folder.save(progress.step, files, state))
+    folder.pin(progress.best_step if parts.recipe.eval.patience else None)
+    given_up = progress.high_rows >= WATCHDOG_ROWS
+    together(parts.world, lambda: folder.save(progress.step, files, state, keep_all=given_up))
 
 
 def find(recipe: Recipe, folder: CheckpointFolder, world: comm.Group, notice: Notice) -> Found:
@@ -107,11 +113,12 @@ def keep_global_batch(recipe: Recipe, found: Found, dp: int) -> tuple[Recipe, in
     return kept, batch_dp
 
 
-def restore(parts: Parts, found: Found, notice: Notice) -> Progress:
+def restore(parts: Parts, folder: CheckpointFolder, found: Found, notice: Notice) -> Progress:
     """Load rank 0's checkpoint into every rank's model and optimizer.
 
     Args:
         parts: freshly built.
+        folder: of the run's checkpoints.
         found: from `find`.
         notice: gets one line per change of settings.
 
@@ -127,16 +134,35 @@ def restore(parts: Parts, found: Found, notice: Notice) -> Progress:
     _check_identity(state["identity"], parts.identity)
     for line in _changes(state["settings"], _settings(parts.recipe)):
         notice(line)
+    load_weights(parts, checkpoint)
     layout = model_layout(parts.model)
-    weights = broadcast_tensors(world, checkpoint.tensors("weights") if checkpoint else None)
-    own = {name for name, _ in tree_flatten(parts.model.trainable_parameters())}
-    parts.model.update(tree_unflatten(list(slice_tensors(layout, weights, own))))
     moments = broadcast_tensors(world, checkpoint.tensors("optimizer") if checkpoint else None)
     own = {name for name, _ in parts.optimizer.tensors()}
     slots = dict(slice_tensors(_slot_layout(layout, parts.optimizer), moments, own))
     parts.optimizer.load(slots, state["num_updates"])
-    mx.eval(parts.model.trainable_parameters(), parts.optimizer.state)
-    return Progress(**state["progress"])
+    mx.eval(parts.optimizer.state)
+    progress = Progress.resumed(state["progress"])
+    if parts.recipe.eval.patience and progress.best_step is not None:
+        _find_best(parts.world, folder, progress, notice)
+    return progress
+
+
+def load_weights(parts: Parts, checkpoint: Checkpoint | None) -> None:
+    """Load the trainable weights of rank 0's checkpoint into every rank's model; None on the other ranks."""
+    weights = broadcast_tensors(parts.world, checkpoint.tensors("weights") if checkpoint else None)
+    own = {name for name, _ in tree_flatten(parts.model.trainable_parameters())}
+    parts.model.update(tree_unflatten(list(slice_tensors(model_layout(parts.model), weights, own))))
+    mx.eval(parts.model.trainable_parameters())
+
+
+def _find_best(world: comm.Group, folder: CheckpointFolder, progress: Progress, notice: Notice) -> None:
+    """Keep the best checkpoint; where it is gone, or in another folder, the best is chosen anew."""
+    if comm.broadcast_object(folder.holds(progress.best_step), world):
+        folder.pin(progress.best_step)
+        together(world, folder.mark_best)
+    else:
+        notice(f"the best checkpoint, of step {progress.best_step}, is not in this folder: the best is chosen anew")
+        progress.forget_best()
 
 
 def _slot_layout(layout: dict[str, ParameterLayout], optimizer: Any) -> dict[str, ParameterLayout]:

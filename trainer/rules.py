@@ -244,12 +244,13 @@ def warnings(recipe: Recipe) -> list[str]:
         found.append(
             f"schedule.warmup_steps = {warmup} leaves no step at the full learning rate: max_steps is {steps}"
         )
+    if steps is not None and recipe.profile is not None and recipe.profile.start > steps:
+        found.append(f"profile.start = {recipe.profile.start} traces nothing: max_steps is {steps}")
     return found
 
 
 def _ignored(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     """Keys that nothing reads in this recipe, and why."""
-    yield ("profile", "limits.loss_watchdog"), "in this version"
     if recipe.max_steps is not None:
         yield ("epochs",), "because max_steps is set"
     if recipe.method == "full":
@@ -259,6 +260,8 @@ def _ignored(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
         yield ("lora.rank", "lora.alpha", "lora.targets"), "because lora.init_from decides it"
     if recipe.data.valid is not None:
         yield ("data.val_fraction",), "because data.valid is set"
+    if recipe.eval.every == 0:
+        yield ("eval.patience",), "with eval.every: 0"
     if recipe.eval.generate == 0 and not recipe.eval.exact_match:
         yield ("eval.max_new_tokens",), "without eval.generate or eval.exact_match"
     if recipe.logging.wandb.project is None:

@@ -2,10 +2,9 @@
 
 import argparse
 import math
-import signal
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +12,31 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 import comm
-from parallel.layout import gather_tensors, model_layout
+from parallel import Span
+from parallel.layout import model_layout
 from parallel.wrapper import parallel_state
 from trainer import resume
 from trainer.agreement import require_same, together
 from trainer.blas import blas_hint
 from trainer.build import Parts, build
 from trainer.checkpoint import CheckpointFolder
-from trainer.config import LimitsConfig, Recipe
-from trainer.loading import source_folder
+from trainer.config import Recipe
+from trainer.final import finish, is_written, result_path
 from trainer.flops import peak_tflops
-from trainer.loop import Due, Hooks, Loop, Progress
+from trainer.limits import apply_limits, clear_large_cache
+from trainer.loop import Due, Hooks, Loop
 from trainer.machine import MACHINE_FILE, machine_facts
 from trainer.metrics import JsonlSink, Metrics
 from trainer.optim import learning_rate
-from trainer.output import adapter_config, write_adapters, write_model
+from trainer.progress import WATCHDOG_ROWS, Progress, StopRules
 from trainer.recipe import load_recipe, to_yaml
+from trainer.requests import CheckpointTrigger, Stop
 from trainer.rules import resolve_mesh, warnings
-from trainer.storage import write_json
+from trainer.storage import atomic_file, write_json
 from trainer.terminal import TerminalSink
 from trainer.throughput import Throughput
+from trainer.tracing import Profiler
 from trainer.wandb_sink import WandbSink, wandb_mode
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -45,38 +46,6 @@ def main(arguments: argparse.Namespace) -> int:
     hint = blas_hint() if mx.default_device() == mx.cpu else None
     apply_limits(recipe.limits)
     return train(recipe, world, Stop().install(), [*warnings(recipe), *([hint] if hint else [])])
-
-
-def apply_limits(limits: LimitsConfig) -> None:
-    """Set MLX's memory limits (GiB) where the recipe gives them; wired memory exists on Metal only."""
-    if limits.memory_gib is not None:
-        mx.set_memory_limit(int(limits.memory_gib * 2**30))
-    if limits.cache_gib is not None:
-        mx.set_cache_limit(int(limits.cache_gib * 2**30))
-    if limits.wired_gib is not None and mx.metal.is_available():
-        mx.set_wired_limit(int(limits.wired_gib * 2**30))
-
-
-class Stop:
-    """Remembers the signal that asked this process to stop; a second one ends it at once."""
-
-    def __init__(self):
-        self.number = 0
-
-    def install(self) -> "Stop":
-        """Take over Ctrl-C and SIGTERM."""
-        for number in SIGNALS:
-            signal.signal(number, self._receive)
-        return self
-
-    def requested(self) -> int:
-        """The signal received so far, or 0."""
-        return self.number
-
-    def _receive(self, number: int, frame: Any) -> None:
-        if self.number:
-            comm.leave(128 + number)
-        self.number = number
 
 
 def train(recipe: Recipe, world: comm.Group, stop: Stop, notices: list[str]) -> int:
@@ -99,44 +68,61 @@ def train(recipe: Recipe, world: comm.Group, stop: Stop, notices: list[str]) -> 
     with world.progress.long_phase("loading"):
         parts = build(recipe, world, notices.append, batch_dp)
         require_same(world, parts.digests())
-        progress = resume.restore(parts, found, notices.append)
-    if progress.step >= parts.total_steps:
-        # Killed between the last checkpoint and the result: the result is still owed.
-        if not comm.broadcast_object(output_dir is not None and Path(_result_path(parts)).exists(), world):
-            write_result(parts, output_dir)
-        _say_finished(recipe, world, progress)
-        return 0
+        progress = resume.restore(parts, folder, found, notices.append)
+    rules = StopRules(recipe.eval.patience, recipe.limits.loss_watchdog)
+    if progress.step >= parts.total_steps or rules.is_patience_used_up(progress):
+        return _already_finished(parts, folder, progress)
     metrics = together(world, lambda: _open_metrics(parts, output_dir, progress.step))
     introduce(parts, progress, notices, metrics)
-    loop = make_loop(parts, folder, metrics, stop)
+    trigger = CheckpointTrigger(output_dir, metrics.message)
+    profiler = Profiler(recipe.profile, output_dir, world, metrics.message)
+    loop = make_loop(parts, make_hooks(parts, folder, metrics, stop, trigger, profiler), rules)
     try:
         if progress.step == 0:
             loop.hooks.evaluate(0)
         number = loop.run(progress)
-        if not number:
-            with world.progress.long_phase("saving"):
-                write_result(parts, output_dir)
+        profiler.finish()
+        return _end(parts, folder, metrics, progress, number, rules)
     except BaseException:
         metrics.abandon()
         raise
-    if number:
-        metrics.message(f"Stopped by signal {number} after step {progress.step}; the same command goes on from there.")
-    else:
-        metrics.message(f"Done: {_result_path(parts)}")
-    metrics.close()
-    return 128 + number if number else 0
 
 
-def make_loop(parts: Parts, folder: CheckpointFolder, metrics: Metrics, stop: Stop) -> Loop:
+def make_hooks(
+    parts: Parts,
+    folder: CheckpointFolder,
+    metrics: Metrics,
+    stop: Stop,
+    trigger: CheckpointTrigger,
+    profiler: Profiler,
+) -> Hooks:
+    """What the loop of a run calls."""
+    limits = parts.recipe.limits
+
+    def after_step(step: int, spans: list[Span]) -> None:
+        metrics.advance(step)
+        profiler.after_step(step, spans)
+
+    def save(progress: Progress) -> None:
+        with parts.world.progress.long_phase("saving"):
+            resume.save(parts, folder, progress)
+        trigger.done()
+        clear_large_cache(limits)
+
+    return Hooks(
+        log=metrics.log,
+        evaluate=_evaluation(parts, metrics),
+        save=save,
+        before_step=profiler.before_step,
+        after_step=after_step,
+        stop_signal=stop.requested,
+        checkpoint_wanted=trigger.is_there,
+    )
+
+
+def make_loop(parts: Parts, hooks: Hooks, rules: StopRules) -> Loop:
     """The training loop of a built run."""
     recipe = parts.recipe
-    hooks = Hooks(
-        log=metrics.log,
-        advance=metrics.advance,
-        evaluate=_evaluation(parts, metrics),
-        save=partial(_save, parts, folder),
-        stop_signal=stop.requested,
-    )
     return Loop(
         model=parts.model,
         step_fn=parts.step_fn,
@@ -151,33 +137,64 @@ def make_loop(parts: Parts, folder: CheckpointFolder, metrics: Metrics, stop: St
         throughput=Throughput(
             parts.world.size, flops_per_token=parts.flops_per_token, peak_tflops=peak_tflops()
         ),
-        patience=recipe.eval.patience,
+        rules=rules,
     )
 
 
-def write_result(parts: Parts, output_dir: Path | None) -> None:
-    """Write the final adapters, or the final model folder. Every rank calls it."""
-    layout = model_layout(parts.model)
-    if parts.adapter is not None:
-        tensors = tree_flatten(parts.model.trainable_parameters())
-        spec = parts.adapter
-        config = adapter_config(
-            [f"{path}.lora_a" for path in spec.paths],
-            fine_tune_type=spec.method,
-            rank=spec.rank,
-            scale=spec.scale,
-            dropout=spec.dropout,
-        )
-        write_adapters(output_dir, gather_tensors(layout, tensors, parts.mesh.pp), config)
-    else:
-        tensors = gather_tensors(layout, tree_flatten(parts.model.parameters()), parts.mesh.pp)
-        folder = output_dir and output_dir / "model"
-        write_model(folder, tensors, parts.base.config, parts.tokenizer, source=source_folder(parts.recipe.model))
-
-
-def _save(parts: Parts, folder: CheckpointFolder, progress: Progress) -> None:
+def _end(
+    parts: Parts, folder: CheckpointFolder, metrics: Metrics, progress: Progress, number: int, rules: StopRules
+) -> int:
+    """Write the result of a run that has come to its end, say how it ended, and return the exit code."""
+    again = "the same command goes on from there"
+    if rules.is_given_up(progress):
+        metrics.abandon()
+        if parts.world.rank == 0:
+            print(f"error: {_given_up(parts, progress)}", file=sys.stderr)
+        return 1
+    if number:
+        metrics.message(f"Stopped by signal {number} after step {progress.step}; {again}.")
+        metrics.close()
+        return 128 + number
     with parts.world.progress.long_phase("saving"):
-        resume.save(parts, folder, progress)
+        weights_step = finish(parts, folder, progress, metrics.message)
+    if progress.step < parts.total_steps:
+        metrics.message(f"Stopped early after step {progress.step}: {_without_gain(parts)}.")
+    metrics.message(f"Done: {result_path(parts)}{_of_step(parts, progress, weights_step)}")
+    metrics.close({"best/step": progress.best_step} if parts.recipe.eval.patience else None)
+    return 0
+
+
+def _already_finished(parts: Parts, folder: CheckpointFolder, progress: Progress) -> int:
+    """Nothing is left to train. A run killed between its last checkpoint and its result still owes the result."""
+    if not is_written(parts, progress):
+        finish(parts, folder, progress, print)
+    if parts.world.rank == 0:
+        how = f"{progress.step} steps"
+        if progress.step < parts.total_steps:
+            how += f", {_without_gain(parts)}"
+        print(f"{parts.recipe.output_dir} is finished ({how}). Use another output_dir, or more epochs.")
+    return 0
+
+
+def _given_up(parts: Parts, progress: Progress) -> str:
+    name = f"{parts.recipe.output_dir}/checkpoints/step-{progress.step:07d}"
+    return (
+        f"the training loss stayed above limits.loss_watchdog = {parts.recipe.limits.loss_watchdog:g}, or was not "
+        f"finite, for {WATCHDOG_ROWS} rows of metrics: given up after step {progress.step}. {name} and all earlier "
+        "checkpoints are kept; checkpoint.resume=PATH goes on from one of them, such as with a lower optimizer.lr."
+    )
+
+
+def _without_gain(parts: Parts) -> str:
+    return f"no better validation loss in eval.patience = {parts.recipe.eval.patience} validations"
+
+
+def _of_step(parts: Parts, progress: Progress, weights_step: int) -> str:
+    """Which step's weights the result has, where that is a question."""
+    if parts.recipe.eval.patience is None or progress.best_loss is None:
+        return ""
+    which = f"best validation loss, {progress.best_loss:.4f}" if weights_step == progress.best_step else "the last"
+    return f", the weights of step {weights_step} ({which})"
 
 
 def _evaluation(parts: Parts, metrics: Metrics) -> Callable[[int], dict[str, float]]:
@@ -191,6 +208,7 @@ def _evaluation(parts: Parts, metrics: Metrics) -> Callable[[int], dict[str, flo
         metrics.log({"train/global_step": step} | measured)
         if answers:
             metrics.samples(step, [answer.as_sample() for answer in answers])
+        clear_large_cache(parts.recipe.limits)
         return measured
 
     return evaluate
@@ -202,25 +220,35 @@ def _open_metrics(parts: Parts, output_dir: Path | None, step: int) -> Metrics:
         return Metrics([])
     recipe, world = parts.recipe, parts.world
     output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "recipe.yaml").write_text(to_yaml(recipe))
-    write_json(output_dir / MACHINE_FILE, machine_facts(world.size, world.backend, asdict(parts.sizes)))
-    rows = JsonlSink(output_dir / "metrics.jsonl", step or None)
+    with atomic_file(output_dir / "recipe.yaml") as file:
+        file.write_text(to_yaml(recipe))
+    with atomic_file(output_dir / MACHINE_FILE) as file:
+        write_json(file, machine_facts(world.size, world.backend, asdict(parts.sizes)))
     terminal = TerminalSink(parts.total_steps, step)
-    sinks = [rows, terminal]
+    rows = JsonlSink(output_dir / "metrics.jsonl", step or None, notice=terminal.message)
+    wandb = _open_wandb(recipe, output_dir, step, terminal.message)
+    return Metrics([rows, terminal, *([wandb] if wandb else [])], rows.kept)
+
+
+def _open_wandb(recipe: Recipe, output_dir: Path, step: int, notice: Callable[[str], None]) -> WandbSink | None:
+    """The W&B sink where the recipe asks for one. One that cannot start does not keep the run from starting."""
     wandb = recipe.logging.wandb
-    if wandb.project is not None and wandb_mode(wandb.mode) != "disabled":
-        sinks.append(
-            WandbSink(
-                output_dir,
-                wandb.project,
-                name=wandb.name,
-                mode=wandb_mode(wandb.mode),
-                config=asdict(recipe),
-                resumed=step > 0,
-                notice=terminal.message,
-            )
+    mode = wandb_mode(wandb.mode)
+    if wandb.project is None or mode == "disabled":
+        return None
+    try:
+        return WandbSink(
+            output_dir,
+            wandb.project,
+            name=wandb.name or output_dir.name,
+            mode=mode,
+            config=asdict(recipe),
+            resumed=step > 0,
+            notice=notice,
         )
-    return Metrics(sinks, rows.kept)
+    except OSError as error:
+        notice(f"W&B is off: {error.strerror}: {error.filename}. metrics.jsonl has every row.")
+        return None
 
 
 def introduce(parts: Parts, progress: Progress, notices: list[str], metrics: Metrics) -> None:
@@ -246,13 +274,3 @@ def _num_elements(parts: Parts, tree: Any) -> int:
     shapes = {n: layout[n].full_shape(p.shape) if n in layout else p.shape for n, p in tree_flatten(tree)}
     own = sum(math.prod(shape) for name, shape in shapes.items() if name not in repeated)
     return int(parts.mesh.pp.all_sum(mx.array(own, dtype=mx.int64)).item())
-
-
-def _say_finished(recipe: Recipe, world: comm.Group, progress: Progress) -> None:
-    if world.rank == 0:
-        print(f"{recipe.output_dir} is finished ({progress.step} steps). Use another output_dir, or more epochs.")
-
-
-def _result_path(parts: Parts) -> str:
-    folder = parts.recipe.output_dir
-    return f"{folder}/adapters.safetensors" if parts.adapter is not None else f"{folder}/model"

@@ -77,6 +77,8 @@ def atomic_file(target: Path) -> Iterator[Path]:
     tmp = target.with_name(target.name + TMP_SUFFIX)
     try:
         yield tmp
+        with open(tmp, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(tmp, target)
         sync_folder(target.parent)
     except BaseException:

@@ -10,6 +10,7 @@ left for it.
 import json
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import mlx.core as mx
@@ -88,6 +89,20 @@ def consume(tensors: NamedTensors) -> None:
     for _, tensor in tensors:
         mx.eval(tensor)
         del tensor
+
+
+@contextmanager
+def consuming(tensors: NamedTensors) -> Iterator[NamedTensors]:
+    """Tensors to write, of which those that an error leaves over are evaluated all the same.
+
+    Other ranks take part in gathering them and would wait for ever.
+    """
+    remaining = iter(tensors)
+    try:
+        yield remaining
+    except OSError:
+        consume(remaining)
+        raise
 
 
 def write_tensor_file(path: Path, tensors: NamedTensors) -> None:

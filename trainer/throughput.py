@@ -123,11 +123,12 @@ def communication_row(
         `comm/exposed_pct`: share of an undisturbed step's gradient time in which communication is not hidden.
         `comm/bytes_per_step`, `comm/bus_gb_per_s`: bytes that one replica sums, and the bandwidth of each link
         that a ring would need for that (NCCL's bus bandwidth, 2 (n - 1) / n of the bytes).
-        `pp/bubble_pct` with a pipeline. What does not apply is absent.
+        `pp/bubble_pct` with a pipeline. What does not apply is absent; with one rank, everything.
     """
-    seconds = times.seconds
+    state, seconds = parallel_state(model), times.seconds
+    if all(group.size == 1 for group in state.groups.values()):
+        return {}
     row = {"comm/rank_skew_s": world.all_max(mx.array(seconds["skew"])).item()}
-    state = parallel_state(model)
     if "pp" in state.groups:
         row["pp/bubble_pct"] = bubble_pct(model)
     if usual_compute:

@@ -13,7 +13,7 @@ import mlx.core as mx
 import pytest
 from safetensors import safe_open
 
-from trainer.checkpoint import CheckpointError, CheckpointFolder
+from trainer.checkpoint import CheckpointError, CheckpointFolder, open_checkpoint
 from trainer.tensor_files import write_tensors
 
 
@@ -134,7 +134,8 @@ def test_keeps_the_last_ones_and_the_pinned_one(tmp_path: Path) -> None:
     folder.pin(100)
     for step in (200, 300, 400):
         save(folder, step)
-    assert steps_in(tmp_path) == ["step-0000100", "step-0000300", "step-0000400"]
+    assert steps_in(tmp_path) == ["best", "step-0000100", "step-0000300", "step-0000400"]
+    assert open_checkpoint(tmp_path / "best").step == 100
     folder.pin(None)
     save(folder, 500)
     assert steps_in(tmp_path) == ["step-0000400", "step-0000500"]

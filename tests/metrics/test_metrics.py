@@ -1,5 +1,6 @@
 """Rows on their way to metrics.jsonl, the terminal and the summary."""
 
+import errno
 import io
 import json
 from pathlib import Path
@@ -99,17 +100,59 @@ def test_summary_has_last_and_best_values() -> None:
     }
 
 
-def test_failing_sink_does_not_stop_the_run(tmp_path: Path) -> None:
-    """A full disk under metrics.jsonl that ends hours of training, or that nobody is told of."""
-    console = Console(file=io.StringIO(), width=120)
-    sink = JsonlSink(tmp_path / "metrics.jsonl")
-    sink.path = Path("/dev/full")
-    metrics = Metrics([sink, TerminalSink(40, console=console)])
-    for step in (10, 20):
+class FullDisk:
+    """Lets `room` more bytes of each write through; None: all."""
+
+    room: int | None = None
+
+    def open(self, path: Path, mode: str) -> io.BufferedWriter:
+        disk = self
+
+        class File(io.FileIO):
+            def write(self, data: bytes) -> int:
+                if disk.room is None:
+                    return super().write(data)
+                super().write(bytes(data)[: disk.room])
+                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+        return io.BufferedWriter(File(path, mode))
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> FullDisk:
+    """Under what JsonlSink appends to."""
+    disk = FullDisk()
+    monkeypatch.setattr("trainer.metrics.open", disk.open, raising=False)
+    return disk
+
+
+def test_rows_wait_for_room_on_the_disk(tmp_path: Path, disk: FullDisk) -> None:
+    """A full disk that ends hours of training, loses rows for ever, tears a line, or that nobody is told of."""
+    console = Console(file=io.StringIO(), width=200)
+    terminal = TerminalSink(40, console=console)
+    path = tmp_path / "metrics.jsonl"
+    metrics = Metrics([JsonlSink(path, notice=terminal.message), terminal])
+    metrics.log(row(10, train__loss=1.0))
+    disk.room = 7
+    for step in (20, 30):
         metrics.log(row(step, train__loss=1.0))
-    text = console.file.getvalue()
-    assert text.count("JsonlSink stopped: [Errno 28] No space left on device. The run goes on without it.") == 1
-    assert "step 20/40" in text
+    assert steps_in(path) == [10]
+    disk.room = None
+    metrics.log(row(40, train__loss=1.0))
+    metrics.close()
+    assert steps_in(path) == [10, 20, 30, 40]
+    shown = console.file.getvalue()
+    assert shown.count("cannot be written (No space left on device); its rows wait in memory") == 1
+    assert "step 30/40" in shown
+
+
+def test_rows_that_never_found_room_are_an_error(tmp_path: Path, disk: FullDisk) -> None:
+    """A run that seems to have ended well, without the last rows of its metrics."""
+    metrics = Metrics([JsonlSink(tmp_path / "metrics.jsonl")])
+    disk.room = 0
+    metrics.log(row(10, train__loss=1.0))
+    with pytest.raises(OSError, match=r"metrics.jsonl lacks its last 1 lines: No space left on device"):
+        metrics.close()
 
 
 def test_plain_lines_without_a_terminal() -> None:

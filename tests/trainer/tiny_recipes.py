@@ -98,6 +98,8 @@ def run_apart(
     ranks: Sequence[int] | None = None,
     folder: Path | None = None,
     backend: str = "ring",
+    full_after: int = 0,
+    check: bool | None = None,
 ) -> list[RankResult]:
     """Train in real processes.
 
@@ -109,6 +111,8 @@ def run_apart(
         ranks: which of them; None = all.
         folder: where each rank gets a working folder of its own; None = all run here.
         backend: of the group.
+        full_after: step from which no rank has room for a checkpoint; 0 = never.
+        check: fail when a rank fails; None = unless a signal is sent.
     """
     arguments = {
         "recipe": asdict(settings),
@@ -116,8 +120,9 @@ def run_apart(
         "signal": int(sent),
         "ranks": ranks,
         "folder": str(folder) if folder else None,
+        "full_after": full_after,
     }
     worker = Path(__file__).parent / "workers" / "run_recipe.py"
     return run_ranks(
-        worker, num_ranks, backend=backend, args=[json.dumps(arguments)], timeout=120, check=step == 0
+        worker, num_ranks, backend=backend, args=[json.dumps(arguments)], timeout=120, check=step == 0 if check is None else check
     )

@@ -1,0 +1,59 @@
+"""What a person asks of a running training: a signal to stop, or a checkpoint now."""
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import comm
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+TRIGGER_FILE = "checkpoint.now"
+
+
+class Stop:
+    """Remembers the signal that asked this process to stop; a second one ends it at once."""
+
+    def __init__(self):
+        self.number = 0
+
+    def install(self) -> "Stop":
+        """Take over Ctrl-C and SIGTERM."""
+        for number in SIGNALS:
+            signal.signal(number, self._receive)
+        return self
+
+    def requested(self) -> int:
+        """The signal received so far, or 0."""
+        return self.number
+
+    def _receive(self, number: int, frame: Any) -> None:
+        if self.number:
+            comm.leave(128 + number)
+        self.number = number
+
+
+class CheckpointTrigger:
+    """A file that asks for a checkpoint: `touch OUTPUT_DIR/checkpoint.now`. It is removed when the checkpoint stands.
+
+    Args:
+        output_dir: the run's folder; None on ranks without one, which are never asked.
+        notice: gets one line when the file cannot be removed; it is no longer looked for then.
+    """
+
+    def __init__(self, output_dir: Path | None, notice: Callable[[str], None]):
+        self.file = output_dir and output_dir / TRIGGER_FILE
+        self._notice = notice
+
+    def is_there(self) -> bool:
+        """Whether a checkpoint is asked for."""
+        return self.file is not None and self.file.exists()
+
+    def done(self) -> None:
+        """A checkpoint stands."""
+        try:
+            if self.file is not None:
+                self.file.unlink(missing_ok=True)
+        except OSError as error:
+            self._notice(f"{self.file} cannot be removed ({error.strerror}) and is ignored from now on.")
+            self.file = None
