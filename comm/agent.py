@@ -1,14 +1,15 @@
 """The launcher's hand on a host: starts one rank's program there and ends it when told to.
 
 Runs as `python -m comm.agent`, locally or over ssh, and speaks JSON lines on stdin: first the
-addresses to reserve, then the order to start, then signals. Its first line of output is its
-greeting. When stdin closes, because the launcher or the connection is gone, the program and all
+addresses to reserve, then the order to start, then signals and what is typed at the launcher.
+Its first line of output is its greeting. When stdin closes, because the launcher or the connection is gone, the program and all
 it started are ended. Nothing here imports MLX or waits in a loop.
 """
 
 import ctypes
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from comm.addresses import host_address, reserve_ports
 
@@ -72,7 +73,7 @@ def start(order: Mapping[str, Any], folder: str) -> subprocess.Popen:
             command,
             env=variables,
             cwd=cwd,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE if order["takes_input"] else subprocess.DEVNULL,
             start_new_session=True,
             preexec_fn=_die_with_parent if sys.platform == "linux" else None,
         )
@@ -90,12 +91,31 @@ def kill_group(process: subprocess.Popen, number: int) -> None:
 
 
 def _obey(process: subprocess.Popen) -> None:
-    """Passes signals on; an end of the input means that the launcher is gone."""
+    """Passes signals and input on; an end of the input means that the launcher is gone."""
+    typed: queue.SimpleQueue[str] = queue.SimpleQueue()
+    if process.stdin:
+        # Apart, so that a program that does not read holds no signal up.
+        threading.Thread(target=_type, args=(process.stdin, typed), daemon=True).start()
     while line := sys.stdin.readline():
-        kill_group(process, json.loads(line)["signal"])
+        message = json.loads(line)
+        if "signal" in message:
+            kill_group(process, message["signal"])
+        else:
+            typed.put(message["input"])
     kill_group(process, signal.SIGTERM)  # mpirun ends its ranks only on this one
     time.sleep(ORPHAN_SECONDS)
     kill_group(process, signal.SIGKILL)
+
+
+def _type(program: BinaryIO, typed: "queue.SimpleQueue[str]") -> None:
+    """Writes what was typed to the program's stdin, until the empty text that ends it."""
+    try:
+        while text := typed.get():
+            program.write(text.encode("latin-1"))
+            program.flush()
+        program.close()
+    except BrokenPipeError:
+        pass  # the program reads no more
 
 
 def _read() -> Any:

@@ -2,6 +2,8 @@
 
 One agent per rank, as a child process or over ssh, starts the program and ends with the
 launcher, however that ends. Threads block on the agents' output and exit codes; nothing polls.
+What is typed at the launcher goes to rank 0, wherever that runs (as with mpirun); the other ranks,
+and a job that was started again, read the end of the input.
 The job's secret and every other setting travel over the agents' stdin, never on a command line.
 """
 
@@ -103,7 +105,7 @@ def mpi_job(job: Job) -> Job:
 def launch(job: Job) -> int:
     """Runs the job, restarting it as allowed; returns the first failing rank's exit code."""
     for attempt in range(job.max_restarts + 1):
-        run = Run(job)
+        run = Run(job, takes_input=attempt == 0)
         code = run.finish()
         if code in (0, USER_ERROR) or run.told_to_stop or attempt == job.max_restarts:
             return code
@@ -112,9 +114,14 @@ def launch(job: Job) -> int:
 
 
 class Run:
-    """One attempt: starts every rank on construction."""
+    """One attempt: starts every rank on construction.
 
-    def __init__(self, job: Job):
+    Args:
+        job: What to start.
+        takes_input: Rank 0 reads what this process reads.
+    """
+
+    def __init__(self, job: Job, takes_input: bool):
         self.job = job
         self.told_to_stop = False
         self._events: queue.Queue[tuple[str, int, int]] = queue.Queue()
@@ -131,7 +138,9 @@ class Run:
             self._code, greetings = 1, []
         orders = make_orders(job, greetings, secrets.token_hex(32)) if greetings else []
         for rank, order in enumerate(orders):
-            self._tell(rank, order)
+            self._tell(rank, order | {"takes_input": takes_input and rank == 0})
+        if takes_input and orders:
+            threading.Thread(target=self._forward_input, daemon=True).start()
         self._readers = [
             threading.Thread(target=self._copy, args=(rank, pipe, out), daemon=True)
             for rank, agent in enumerate(self._agents)
@@ -150,6 +159,8 @@ class Run:
             number: signal.signal(number, self._on_signal)
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         }
+        # In the background there is nothing to read; the signal would stop the launcher.
+        handlers[signal.SIGTTIN] = signal.signal(signal.SIGTTIN, signal.SIG_IGN)
         next_step: tuple[float, int] | None = None  # seconds until a signal is due to all
         try:
             while self._running:
@@ -208,6 +219,15 @@ class Run:
             self._agents[rank].stdin.flush()
         except BrokenPipeError:
             pass  # its exit code tells
+
+    def _forward_input(self) -> None:
+        """Sends rank 0 what is typed here; os.read, as a thread in sys.stdin's lock disturbs the exit."""
+        try:
+            while chunk := os.read(0, 65536):
+                self._tell(0, {"input": chunk.decode("latin-1")})
+        except OSError:
+            pass  # closed, or a terminal whose foreground is another job
+        self._tell(0, {"input": ""})
 
     def _signal_all(self, number: int) -> None:
         for rank in self._running:

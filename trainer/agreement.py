@@ -3,6 +3,7 @@
 Between these points a rank may fail alone (a missing file, a full disk) without leaving others in a collective.
 """
 
+import signal
 import socket
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -42,6 +43,12 @@ def together(world: comm.Group, work: Callable[[], Result]) -> Result:
         raise kind(texts[0])
     hosts = comm.all_gather_object(socket.gethostname(), world)
     raise kind("\n".join(f"rank {r} on {hosts[r]}: {text}" for r, text in enumerate(texts) if text))
+
+
+def end_on_interrupt(world: comm.Group) -> None:
+    """Let Ctrl-C end this process at once, as a rank that waits for another one inside MLX never sees it."""
+    if world.size > 1:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def require_same(world: comm.Group, digests: dict[str, Any]) -> None:

@@ -4,19 +4,21 @@ import argparse
 import sys
 
 import comm
+from trainer.agreement import end_on_interrupt
 from trainer.build import build
-from trainer.result import load_result, recipe_of
+from trainer.result import load_result, notice_on_stderr, shared_recipe
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Measure `arguments.target` on the rows of `arguments.split`; returns the exit code."""
-    recipe = recipe_of(arguments.target, arguments.overrides)
     world = comm.init()
-    parts = build(recipe, world, lambda line: print(line, file=sys.stderr))
+    end_on_interrupt(world)
+    recipe = shared_recipe(world, arguments.target, arguments.overrides)
+    parts = build(recipe, world, notice_on_stderr(world))
     rows = parts.splits.train if arguments.split == "train" else parts.splits.valid
     if rows is None:
         raise ValueError(f"{arguments.target!r} was trained without validation rows; set data.valid=PATH.")
-    load_result(parts, arguments.target, lambda line: print(line, file=sys.stderr))
+    load_result(parts, arguments.target, notice_on_stderr(parts.world))
     measured, _ = parts.evaluator(rows).run()
     if world.rank == 0:
         print(f"{arguments.target}, {arguments.split} split, {len(rows)} rows")

@@ -1,6 +1,6 @@
 """`python -m trainer generate`: answers of a run's result to a prompt, to held-out rows, or to a chat.
 
-All ranks generate in step; rank 0 reads what is typed and prints.
+All ranks generate in step; rank 0 reads what is typed and prints. Our launcher and mpirun hand rank 0 their input.
 """
 
 import argparse
@@ -13,23 +13,27 @@ from mlx_lm.generate import stream_generate
 from mlx_lm.sample_utils import make_sampler
 
 import comm
+from trainer.agreement import end_on_interrupt
 from trainer.answers import answer_rows
 from trainer.build import Parts, build
 from trainer.data import training_format
-from trainer.result import load_result, recipe_of
+from trainer.result import load_result, notice_on_stderr, shared_recipe
+
+END = "/exit"  # Open MPI 5's mpirun hands rank 0 its input but not the end of it (openpmix #4024)
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Generate from `arguments.target`; returns the exit code."""
-    recipe = recipe_of(arguments.target, arguments.overrides)
+    world = comm.init()
+    end_on_interrupt(world)
+    recipe = shared_recipe(world, arguments.target, arguments.overrides)
     if arguments.max_new_tokens:
         recipe = replace(recipe, eval=replace(recipe.eval, max_new_tokens=arguments.max_new_tokens))
-    world = comm.init()
-    parts = build(recipe, world, lambda line: print(line, file=sys.stderr))
+    parts = build(recipe, world, notice_on_stderr(world))
     if arguments.rows:
         _compare_rows(parts, arguments)
         return 0
-    load_result(parts, arguments.target, lambda line: print(line, file=sys.stderr))
+    load_result(parts, arguments.target, notice_on_stderr(parts.world))
     parts.model.eval()
     mx.random.seed(recipe.seed)  # ranks that share one model must draw the same tokens
     if arguments.prompt is not None:
@@ -48,7 +52,7 @@ def _compare_rows(parts: Parts, arguments: argparse.Namespace) -> None:
     if not chosen:
         raise ValueError("The validation rows are plain text, without an answer to compare with; use --prompt.")
     before = answer_rows(parts.model, parts.tokenizer, rows, chosen, limit, parts.data_group)
-    load_result(parts, arguments.target, lambda line: print(line, file=sys.stderr))
+    load_result(parts, arguments.target, notice_on_stderr(parts.world))
     after = answer_rows(parts.model, parts.tokenizer, rows, chosen, limit, parts.data_group)
     if parts.world.rank != 0:
         return
@@ -68,16 +72,25 @@ def _chat(parts: Parts, temperature: float) -> int:
 
 
 def _typed_lines(world: comm.Group) -> Iterator[str]:
-    """Rank 0's lines, on every rank."""
+    """Rank 0's lines, on every rank; it may take as long as it likes to type them."""
+    if world.rank == 0:
+        sys.stdin.reconfigure(errors="replace")
+        print(f"Type a prompt; {END} or the end of the input (Ctrl-D) ends the chat.", file=sys.stderr, flush=True)
     while True:
-        if world.rank == 0 and sys.stdin.isatty():
-            print("> ", end="", flush=True)
-        line = sys.stdin.readline() if world.rank == 0 else ""
+        with world.progress.long_phase("reading"):
+            line = _read_line() if world.rank == 0 else ""
         line = comm.broadcast_object(line, world)
-        if not line:
+        if not line or line.strip() == END:
             return
         if line.strip():
             yield line.strip()
+
+
+def _read_line() -> str:
+    """The next line, or "" at the end of the input."""
+    if sys.stdin.isatty():
+        print("> ", end="", flush=True)
+    return sys.stdin.readline()
 
 
 def _answer(parts: Parts, messages: list[dict[str, str]], temperature: float) -> str:

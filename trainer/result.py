@@ -1,6 +1,7 @@
 """Open what a run left: its output folder, or one of its checkpoints."""
 
-from dataclasses import replace
+import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -15,7 +16,22 @@ from trainer.build import Notice
 from trainer.checkpoint import CheckpointError, CheckpointFolder, follow_best, open_checkpoint
 from trainer.config import Recipe
 from trainer.output import ADAPTER_CONFIG_FILE, ADAPTERS_FILE
-from trainer.recipe import load_recipe
+from trainer.recipe import load_recipe, recipe_from
+
+
+def shared_recipe(world: comm.Group, target: str, overrides: list[str]) -> Recipe:
+    """Rank 0's `recipe_of(target, overrides)` on every rank, as the run's folder need not be elsewhere.
+
+    Raises:
+        ValueError: there is none, on all ranks.
+    """
+    found = together(world, lambda: recipe_of(target, overrides) if world.rank == 0 else None)
+    return recipe_from(comm.broadcast_object(found and asdict(found), world))
+
+
+def notice_on_stderr(world: comm.Group) -> Notice:
+    """Prints rank 0's notices; the others' are the same."""
+    return (lambda line: print(line, file=sys.stderr, flush=True)) if world.rank == 0 else (lambda line: None)
 
 
 def recipe_of(target: str, overrides: list[str]) -> Recipe:

@@ -1,5 +1,6 @@
 """The launcher with real processes: exit codes, prefixes, signals, orphans, restarts, settings."""
 
+import hashlib
 import json
 import os
 import signal
@@ -20,11 +21,14 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
-def launch(*arguments: str, timeout: float = 60) -> subprocess.CompletedProcess:
+def launch(
+    *arguments: str, timeout: float = 60, typed: str | None = None
+) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "comm", "launch", *arguments]
     return subprocess.run(
-        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout
-    )
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout,
+        input=typed,
+    )  # fmt: skip
 
 
 def start_sleepers(folder: Path, num_ranks: int) -> tuple[subprocess.Popen, list[int]]:
@@ -64,6 +68,20 @@ def test_the_first_failing_ranks_exit_code_is_returned() -> None:
     done = launch("-n", "2", "--", *JOB, "fail", "7")
     assert done.returncode == 7, done.stderr
     assert "rank 1 (127.0.0.1) ended with 7" in done.stderr
+
+
+def test_what_is_typed_reaches_rank_zero_whole() -> None:
+    """Catches input that is lost, cut in the middle of a character, given to all ranks, or never ended."""
+    typed = "\u00e9\n" * 70_000
+    done = launch("-n", "2", "--", *JOB, "read", typed=typed)
+    assert done.returncode == 0, done.stderr
+    digest = hashlib.sha256(typed.encode()).hexdigest()
+    assert sorted(done.stdout.splitlines()) == [f"[0] {digest}", f"[1] {hashlib.sha256().hexdigest()}"]
+
+
+def test_input_that_nobody_reads_holds_nothing_up() -> None:
+    """Catches a full pipe on which the launcher or its agents wait."""
+    assert launch("-n", "2", "--", *JOB, "environment", typed="x" * 500_000).returncode == 0
 
 
 def test_a_failed_job_is_restarted(tmp_path: Path) -> None:
