@@ -19,17 +19,11 @@ def main(arguments: list[str] | None = None) -> int:
         return _launch(parser, options, given[cut + 1 :])
     if given[cut:]:
         parser.error(f"{options.verb} takes no program after --")
-    if options.verb == "bench" and options.launchers:
-        import json
-
-        from comm.bench_launch import compare_launchers
-
-        print(json.dumps(compare_launchers(options.repeats)))
-        return 0
     if options.verb == "bench":
-        from comm.bench import main as run_bench
-
-        return run_bench(options)
+        try:
+            return _bench(options)
+        except ValueError as error:
+            parser.exit(2, f"{error}\n")
     from comm.doctor import main as run_doctor
 
     return run_doctor(options)
@@ -55,6 +49,19 @@ def _launch(
         return launch(mpi_job(job) if backend == "mpi" else job)
     except ValueError as error:
         parser.exit(2, f"{error}\n")
+
+
+def _bench(options: argparse.Namespace) -> int:
+    if options.launchers:
+        import json
+
+        from comm.bench_launch import compare_launchers
+
+        print(json.dumps(compare_launchers(options.repeats)))
+        return 0
+    from comm.bench import main as run_bench
+
+    return run_bench(options)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,17 @@ from comm.link import fit_link
 LAYER = ((4096, 8192), (4096, 1024), (4096, 1024), (4096, 4096),
          (4096, 12288), (4096, 12288), (12288, 4096))  # fmt: skip
 NUM_LAYERS, LORA_RANK = 32, 8
+ROUNDS_SECONDS = 20.0  # ranks that outnumber the cores can take half a minute for one case
 
 
 def main(options: argparse.Namespace) -> int:
-    """Measures, prints a table or JSON on rank 0, and draws the plot if asked to."""
+    """Measures, prints a table or JSON on rank 0, and draws the plot if asked to.
+
+    Raises:
+        ValueError: The plot cannot be drawn, or the ranks cannot be started.
+    """
+    if options.plot:
+        check_plot(options.plot)
     if "MLX_RANK" not in os.environ and "OMPI_COMM_WORLD_SIZE" not in os.environ:
         return _launch_itself(options)
     group = init(options.backend)
@@ -100,10 +108,7 @@ def compare_fusion(group: Group, mixed: bool, num_repeats: int) -> dict[str, Any
         ),
         "one per array": lambda: tree_map(group.all_sum, tree),
     }
-    rounds = [
-        {name: _timed(group, case) for name, case in cases.items()} for _ in range(num_repeats + 1)
-    ][1:]  # the first warms up
-    times = {name: [one[name] for one in rounds] for name in cases}
+    times = _rounds(group, cases, num_repeats)
     return {
         "dtypes": sorted({str(array.dtype).split(".")[-1] for array in arrays}),
         "num_arrays": len(arrays),
@@ -152,16 +157,22 @@ def as_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw(report: dict[str, Any], path: str) -> None:
-    """Draws time and bus bandwidth over the message size as a PNG.
+def check_plot(path: str) -> None:
+    """Before anything is measured: can the plot be drawn and written?
 
     Raises:
-        ValueError: matplotlib is not installed.
+        ValueError: matplotlib is not installed, or there is no such folder.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+    if not find_spec("matplotlib"):
+        raise ValueError("--plot needs matplotlib: pip install -e '.[report]'")
+    if not Path(path).resolve().parent.is_dir():
+        raise ValueError(f"--plot {path}: there is no folder {Path(path).resolve().parent}.")
+
+
+def draw(report: dict[str, Any], path: str) -> None:
+    """Draws time and bus bandwidth over the message size as a PNG."""
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -184,9 +195,28 @@ def _time(
 ) -> dict[str, float]:
     x = mx.zeros((size // 4,), dtype=mx.float32)
     mx.eval(x)
-    _timed(group, lambda: call(x))
-    seconds = statistics.median(_timed(group, lambda: call(x)) for _ in range(repeats))
+    seconds = statistics.median(_rounds(group, {"": lambda: call(x)}, repeats)[""])
     return {"seconds": seconds, "bus_gb_per_s": size * factor / seconds * 1e-9}
+
+
+def _rounds(
+    group: Group, cases: dict[str, Callable[[], Any]], num_repeats: int
+) -> dict[str, list[float]]:
+    """Seconds of each case in `num_repeats` rounds, or as many as fit ROUNDS_SECONDS, but one.
+
+    The cases take turns, so that a change of the machine's load meets all of them; a round
+    before the first warms up.
+    """
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    start = time.perf_counter()
+    for number in range(num_repeats + 1):
+        for name, case in cases.items():
+            seconds = _timed(group, case)
+            times[name] += [seconds] if number else []
+        spent = group.all_max(mx.array(time.perf_counter() - start)).item()
+        if number and spent > ROUNDS_SECONDS:
+            break
+    return times
 
 
 def _timed(group: Group, call: Callable[[], Any]) -> float:

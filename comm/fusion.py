@@ -1,9 +1,10 @@
 """Fused sums of a gradient tree: few large messages that leave while the backward still runs.
 
 Gradients are joined into buckets of one dtype, last layer first, because the backward pass
-finishes them in that order. Each bucket's all_sum is started as soon as it is asked for, on the
-group's own stream; the host then waits for all of them before any GPU work can depend on them
-(Metal ends GPU work that waits for some 5 s). Sums only: the caller divides.
+finishes them in that order. The buckets' all_sums are started one by one on the group's own stream
+and go out while gradients of earlier layers are still computed; the host then waits for all of
+them before any GPU work can depend on them (Metal ends GPU work that waits for some 5 s). Sums
+only: the caller divides.
 """
 
 import logging
@@ -16,7 +17,7 @@ import mlx.core as mx
 from mlx.utils import tree_map
 
 from comm.group import Group
-from comm.link import measure_link
+from comm.link import measure_join, measure_link
 
 _log = logging.getLogger(__name__)
 _NARROW = (mx.float16, mx.bfloat16, mx.float32)
@@ -80,11 +81,11 @@ class GradientFusion:
         if self.bucket_bytes is None:
             self.bucket_bytes = self._measured(sum(sizes))
         plan = plan_buckets(sizes, [str(wire.dtype) for wire in wires], self.bucket_bytes)
-        totals = []
-        for bucket in plan:
-            total = self.group.all_sum(_join([wires[i] for i in bucket]))
+        # All of them are asked for before the first starts: on a host whose cores the messages
+        # keep busy, Python would be slow to ask for the next one.
+        totals = [self.group.all_sum(_join([wires[i] for i in bucket])) for bucket in plan]
+        for total in totals:
             mx.async_eval(total)
-            totals.append(total)
         mx.eval(totals)
         summed = list(wires)
         for bucket, total in zip(plan, totals, strict=True):
@@ -95,7 +96,9 @@ class GradientFusion:
 
     def _measured(self, total_bytes: int) -> int:
         fit = measure_link(self.group)
-        chosen = fit.bucket_bytes(total_bytes)
+        on_cpu = mx.default_device() == mx.cpu
+        alone = measure_join(self.group) if on_cpu else fit.seconds_per_byte
+        chosen = fit.bucket_bytes(total_bytes, alone)
         if self.group.rank == 0:
             _log.info(
                 "%s: %s; %.1f MiB of gradients go in buckets of %.1f MiB",

@@ -7,7 +7,7 @@ the same numbers, those of the slowest.
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -17,7 +17,7 @@ from comm.group import Group
 
 PROBE_BYTES = (4 << 10, 256 << 10, 2 << 20, 8 << 20)
 # Below the smaller size a busy host's scheduling, not the wire, decides the cost of a message.
-SMALLEST_BUCKET_BYTES, LARGEST_BUCKET_BYTES = 16 << 20, 128 << 20
+SMALLEST_BUCKET_BYTES, LARGEST_BUCKET_BYTES = 32 << 20, 128 << 20
 
 
 @dataclass(frozen=True)
@@ -31,15 +31,22 @@ class LinkFit:
         speed = 1e-9 / self.seconds_per_byte if self.seconds_per_byte else math.inf
         return f"all_sum takes {self.latency_seconds * 1e6:.0f} us plus {speed:.2f} GB/s"
 
-    def bucket_bytes(self, total_bytes: int) -> int:
-        """The bucket size at which latency and the last, uncovered bucket cost the least.
+    def bucket_bytes(self, total_bytes: int, alone_seconds_per_byte: float) -> int:
+        """The bucket size at which the messages' latencies and what nothing hides cost the least.
 
-        With buckets of b bytes and the rest hidden behind the backward pass, what shows is
-        latency * total / b + b * seconds_per_byte; its minimum is at the returned b.
+        With buckets of b bytes, latency * total / b + b * alone_seconds_per_byte is lost; its
+        minimum is at the returned b.
+
+        Args:
+            total_bytes: Bytes of all buckets.
+            alone_seconds_per_byte: What one bucket costs while nothing else goes on. Where the
+                backward pass runs on a GPU it hides every bucket but the last, so this is
+                `seconds_per_byte`. On a CPU, which also carries the messages, nothing is hidden
+                and only the joining of the first bucket happens alone (see `measure_join`).
         """
-        if not self.seconds_per_byte:
+        if not alone_seconds_per_byte:
             return LARGEST_BUCKET_BYTES
-        best = math.sqrt(self.latency_seconds * total_bytes / self.seconds_per_byte)
+        best = math.sqrt(self.latency_seconds * total_bytes / alone_seconds_per_byte)
         return int(min(max(best, SMALLEST_BUCKET_BYTES), LARGEST_BUCKET_BYTES))
 
 
@@ -62,13 +69,27 @@ def measure_link(group: Group, num_bytes: Sequence[int] = PROBE_BYTES) -> LinkFi
     return fit_link(num_bytes, slowest)
 
 
+def measure_join(group: Group, num_bytes: int = 8 << 20) -> float:
+    """Seconds that joining arrays into one message takes per byte, on the slowest rank."""
+    part = mx.zeros((num_bytes // 8,), dtype=mx.float32)
+    mx.eval(part)
+    seconds = _median_seconds(lambda: mx.concatenate([part, part]))
+    return group.all_max(mx.array(seconds / num_bytes, dtype=mx.float32)).item()
+
+
 def time_all_sum(group: Group, num_bytes: int, num_repeats: int = 5) -> float:
     """Median time in seconds of one float32 all_sum of `num_bytes`, after one to warm up."""
     x = mx.zeros((max(num_bytes // 4, 1),), dtype=mx.float32)
-    mx.eval(x, group.all_sum(x))
+    mx.eval(x)
+    return _median_seconds(lambda: group.all_sum(x), num_repeats)
+
+
+def _median_seconds(make: Callable[[], mx.array], num_repeats: int = 5) -> float:
+    """Median time of evaluating a new array, after one to warm up."""
+    mx.eval(make())
     times = []
     for _ in range(num_repeats):
         start = time.perf_counter()
-        mx.eval(group.all_sum(x))
+        mx.eval(make())
         times.append(time.perf_counter() - start)
     return statistics.median(times)

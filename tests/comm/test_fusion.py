@@ -39,16 +39,16 @@ def test_the_fit_finds_the_line() -> None:
 
 def test_bucket_size_balances_latency_against_the_last_bucket() -> None:
     """Catches a size that is not at the minimum of the modelled cost, or out of bounds."""
-    fit, total = LinkFit(2e-2, 1e-9), 1 << 30
-    best = fit.bucket_bytes(total)
+    fit, total, alone = LinkFit(2e-3, 1e-9), 1 << 30, 4e-10
+    best = fit.bucket_bytes(total, alone)
 
     def cost(size: float) -> float:
-        return fit.latency_seconds * total / size + size * fit.seconds_per_byte
+        return fit.latency_seconds * total / size + size * alone
 
-    bounded = best in (SMALLEST_BUCKET_BYTES, LARGEST_BUCKET_BYTES)
-    assert bounded or cost(best) <= min(cost(best * 1.1), cost(best * 0.9))
-    assert LinkFit(1e-9, 1e-9).bucket_bytes(1000) == SMALLEST_BUCKET_BYTES
-    assert LinkFit(0.0, 0.0).bucket_bytes(1000) == LARGEST_BUCKET_BYTES
+    assert SMALLEST_BUCKET_BYTES < best < LARGEST_BUCKET_BYTES
+    assert cost(best) <= min(cost(best * 1.1), cost(best * 0.9))
+    assert LinkFit(1e-9, 1e-9).bucket_bytes(1000, 1e-9) == SMALLEST_BUCKET_BYTES
+    assert LinkFit(0.0, 0.0).bucket_bytes(1000, 0.0) == LARGEST_BUCKET_BYTES
 
 
 @pytest.mark.parametrize("options", [{"bucket_bytes": 0}, {"wire_dtype": mx.int32}])
