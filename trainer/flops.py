@@ -12,9 +12,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-# Apple's GPUs: cores of the largest variant and clock in GHz (hmc-tech.com and philipturner/metal-benchmarks, read
-# 2026-11); a core has 128 lanes, each doing one fused multiply-add per cycle. Half precision is no faster up to
-# M4.
+# Apple's GPUs: cores of the largest variant and clock in GHz. A core has 128 lanes, each doing one fused multiply-add
+# per cycle (github.com/philipturner/metal-benchmarks, which also has the clocks of the M1 family); clocks of M2 and
+# M3 from hmc-tech.com/gpu (3.58 TFLOPS for M2 and M3, 6.44 for M3 Pro, 14.32 for M3 Max), M1's and M2's also from
+# forums.macrumors.com/threads/2471322 (2.6 and 3.55). An Ultra is two Max. Half precision is no faster. M4 (1.47 or
+# 1.58 GHz, M4 Max 1.68 or 1.8) and M5 are absent: sources differ, or give no clock.
 APPLE_CORES_GHZ: dict[str, tuple[int, float]] = {
     "M1": (8, 1.278),
     "M1 Pro": (16, 1.296),
@@ -28,29 +30,27 @@ APPLE_CORES_GHZ: dict[str, tuple[int, float]] = {
     "M3 Pro": (18, 1.398),
     "M3 Max": (40, 1.398),
     "M3 Ultra": (80, 1.398),
-    "M4": (10, 1.578),
-    "M4 Pro": (20, 1.578),
-    "M4 Max": (40, 1.678),
 }
-# NVIDIA's, dense bfloat16 with float32 sums, from the product's data sheet or architecture white paper.
+# NVIDIA's, dense bfloat16 with float32 sums. Figures printed "with sparsity" are halved. Each was read where the
+# document named beside it is quoted. Others (GH200, RTX 6000 Ada, H200 NVL) could not be checked and are absent.
 NVIDIA_TFLOPS: dict[str, float] = {
-    "B200": 2250.0,
-    "GH200": 989.0,
-    "H200": 989.0,
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H100": 989.0,
-    "A100": 312.0,
-    "L40S": 362.0,
-    "L4": 121.0,
-    "A40": 150.0,
-    "A10": 125.0,
-    "RTX 6000 Ada": 364.0,
-    "RTX A6000": 155.0,
-    "RTX 5090": 209.5,
-    "RTX 4090": 165.2,
-    "RTX 3090": 71.0,
+    "B200": 2250.0,  # Blackwell architecture brief, HGX B200 at 1000 W
+    "H200": 989.5,  # the chip of H100 SXM with other memory (glennklockwood.com/garden/processors/h100)
+    "H100 PCIe": 756.5,  # H100 data sheet: 1513 with sparsity
+    "H100 NVL": 835.5,  # nvidia.com/en-us/data-center/h100: 1671 with sparsity
+    "H100": 989.5,  # there, SXM: 1979 with sparsity
+    "A100": 312.0,  # A100 data sheet: 312 | 624 with sparsity; SXM and PCIe alike
+    "L40S": 362.0,  # L40S data sheet: 362.05 | 733
+    "L4": 121.0,  # Ada architecture white paper 2.1, appendix D: 121 | 242
+    "A40": 149.7,  # A40 data sheet: 149.7 | 299.4
+    "A10": 125.0,  # A10 data sheet: 125 | 250
+    "RTX A6000": 154.8,  # GA102 architecture white paper, table 3: 154.8/309.6
+    "RTX 5090": 209.5,  # RTX Blackwell architecture white paper: 209.5/419
+    "RTX 4090": 165.2,  # Ada architecture white paper, appendix A: 165.2/330.4
+    "RTX 3090": 71.0,  # GA102 architecture white paper, appendix A
 }
+# Words that make another chip of a name in the table, unless the table has them.
+VARIANTS = frozenset(("Ti", "D", "Laptop", "NVL"))
 NO_LAYER = 2**31
 
 
@@ -87,7 +87,9 @@ def peak_tflops(device_name: str | None = None) -> float | None:
         cores, ghz = APPLE_CORES_GHZ.get(device_name.removeprefix("Apple "), (0, 0.0))
         return cores * 128 * 2 * ghz / 1e3 or None
     words = f" {device_name.replace('-', ' ')} "
-    return next((tflops for name, tflops in NVIDIA_TFLOPS.items() if f" {name} " in words), None)
+    variants = VARIANTS & set(words.split())
+    known = (name for name in NVIDIA_TFLOPS if f" {name} " in words and variants <= set(name.split()))
+    return NVIDIA_TFLOPS.get(next(known, ""))
 
 
 def token_flops(model: nn.Module, context: int) -> TokenFlops:

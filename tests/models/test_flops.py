@@ -1,14 +1,21 @@
 """Operations per token against sums written out by hand, and the table of chips."""
 
+from math import prod
+
+import mlx.core as mx
 import pytest
+from mlx.utils import tree_flatten
 from tiny import make
 
 from trainer.flops import peak_tflops, token_flops
+from trainer.graph import trace
 from trainer.lora import DropoutKeys, LoRASpec, attach, find_targets
 
 MLP = 3 * 32 * 48
 ATTENTION = 32 * 32 + 2 * 32 * 16 + 32 * 32
 HEAD = 64 * 32
+EXPERTS_OF_A_TOKEN = 2 * (3 * 32 * 16 * 2)
+LINEAR_STATE, LINEAR_CONVOLUTION = 7 * 4 * 8 * 8, 2 * 4 * 64
 
 
 def test_full_training():
@@ -57,11 +64,35 @@ def test_linear_attention_does_not_grow_with_context():
     """Catches linear attention counted like attention: only one of two layers grows."""
     model = make("qwen3_5")
     assert token_flops(model, 4000).forward - token_flops(model, 2000).forward == 4 * 32 * 1000
-    state, convolution = 7 * 4 * 8 * 8, 2 * 4 * 64
     linears = 32 * 64 + 32 * 32 + 2 * 32 * 4 + 32 * 32
     gated_attention = ATTENTION + 32 * 32
-    expected = 2 * (linears + gated_attention + 2 * MLP + HEAD) + state + convolution + 4 * 32
+    expected = 2 * (linears + gated_attention + 2 * MLP + HEAD) + LINEAR_STATE + LINEAR_CONVOLUTION + 4 * 32
     assert token_flops(model, 2).forward == expected
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "qwen3_5"])
+def test_full_training_of_other_layers(name):
+    """Catches a part of experts or linear attention that is left out of the backward pass: twice the forward."""
+    flops = token_flops(make(name), 200)
+    assert flops.backward == 2 * flops.forward
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "qwen3_5"])
+def test_products_of_a_graph(name):
+    """Catches a matrix that the count forgets or counts twice: the matrix products of the traced forward pass, beside
+    which attention, linear attention and its convolution are the only rest.
+    """
+    model, num_tokens = make(name), 4
+    graph = trace(lambda x: [model(x)], [mx.zeros((1, num_tokens), mx.int32)])
+    sizes = {array: shape for op in graph.operations for array, shape in zip(op.outputs, op.shapes)}
+    weights = {value.shape[::-1] for _, value in tree_flatten(model.parameters()) if value.ndim == 2}
+    products = [op for op in graph.operations if op.name in ("Matmul", "AddMM")]
+    dense = sum(
+        2 * prod(op.shapes[0]) * sizes[op.inputs[1]][-2] for op in products if sizes.get(op.inputs[1]) in weights
+    )
+    layers = {"llama": 0, "qwen3_moe": 2 * EXPERTS_OF_A_TOKEN, "qwen3_5": LINEAR_STATE + LINEAR_CONVOLUTION}
+    attention = {"llama": 2, "qwen3_moe": 2, "qwen3_5": 1}[name] * 4 * 32 * num_tokens / 2
+    assert dense / num_tokens + layers[name] + attention == token_flops(model, num_tokens).forward
 
 
 def test_windows_bound_attention():
@@ -78,6 +109,8 @@ def test_windows_bound_attention():
         ("NVIDIA H100 80GB HBM3", 989),
         ("NVIDIA H100 PCIe", 756),
         ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA H100 NVL", 835.5),
+        ("NVIDIA GeForce RTX 4090", 165.2),
     ],
 )
 def test_known_chips(name, expected):
@@ -85,7 +118,10 @@ def test_known_chips(name, expected):
     assert peak_tflops(name) == pytest.approx(expected, rel=0.01)
 
 
-@pytest.mark.parametrize("name", ["Apple M9 Ultra", "NVIDIA L400", "", "some CPU"])
+@pytest.mark.parametrize(
+    "name",
+    ["Apple M9 Ultra", "NVIDIA L400", "", "some CPU", "NVIDIA GeForce RTX 3090 Ti", "NVIDIA H200 NVL", "NVIDIA GB200"],
+)
 def test_unknown_chips_have_no_peak(name):
-    """Catches a guess where there should be no figure."""
+    """Catches a guess where there should be no figure, and a variant taken for the chip that it is named after."""
     assert peak_tflops(name) is None
