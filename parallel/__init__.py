@@ -3,7 +3,7 @@
 Research code imports from here; everything works the same on 1 and on N ranks.
 """
 
-from comm import init
+from parallel.own_comm import init  # first: it says so where another package hides `comm`
 from parallel.api import Span, StepTimes, evaluate, value_and_grad
 from parallel.data import DataParallel
 from parallel.fsdp import FullyShardedDataParallel

@@ -3,6 +3,8 @@
 Between these points a rank may fail alone (a missing file, a full disk) without leaving others in a collective.
 """
 
+from __future__ import annotations
+
 import signal
 import socket
 from collections.abc import Callable, Iterator

@@ -1,5 +1,7 @@
 """Held-out rows answered by the model: greedy, batched, and shared out over the data-parallel ranks."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
