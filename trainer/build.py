@@ -22,7 +22,7 @@ from parallel.resolve import check_plan, plan_for
 from trainer.adapters import load_into, read_adapter
 from trainer.agreement import together
 from trainer.batches import Share, TrainingBatches
-from trainer.config import ParallelConfig, Recipe
+from trainer.config import ModelConfig, ParallelConfig, Recipe
 from trainer.data import PlannedBatch, Splits, TokenizedRows, bucket_lengths, corpus, load_splits, plan_epoch, plan_packed
 from trainer.evaluation import Evaluator
 from trainer.flops import token_flops
@@ -66,9 +66,9 @@ class Parts:
     tokenizer: TokenizerWrapper
     splits: Splits
     base: BaseModel
-    adapter: LoRASpec | None
     loss: TokenLoss
-    flops_per_token: float
+    adapter: LoRASpec | None = None
+    flops_per_token: float = 0.0
     mesh: comm.Mesh | None = None
     batch_dp: int = 1
     compile_step: bool = field(default_factory=lambda: mx.default_device() == mx.gpu)
@@ -211,19 +211,30 @@ def wrap(model: nn.Module, parallel: ParallelConfig, mesh: comm.Mesh) -> None:
 
 def _build_alone(recipe: Recipe, world: comm.Group, sizes: MeshSizes, notice: Notice) -> Parts:
     """All that a rank builds without the others."""
+    parts = open_parts(recipe, world, sizes, notice)
+    prepare_for_training(parts.model)
+    parts.adapter = prepare_method(recipe, parts.base, parts.loss.keys)
+    use_fast_lora(parts.model)
+    if sizes.tp > 1:
+        check_plan(parts.model, plan_for(parts.model), sizes.tp)
+    parts.flops_per_token = token_flops(parts.model, recipe.data.max_seq_len).total
+    return parts
+
+
+def open_parts(
+    recipe: Recipe,
+    world: comm.Group,
+    sizes: MeshSizes,
+    notice: Notice,
+    open_base: Callable[[ModelConfig, int, int], BaseModel] = open_model,
+) -> Parts:
+    """Tokenizer, rows and base model, and from these how the rows become batches; nothing is trainable yet."""
     batch = resolve_batch(recipe, sizes.dp)
     tokenizer = open_tokenizer(recipe.model, partial(corpus, recipe.data, recipe.seed))
     splits = load_splits(recipe.data, tokenizer, recipe.seed, notice=notice)
-    base = open_model(recipe.model, len(tokenizer), recipe.seed)
+    base = open_base(recipe.model, len(tokenizer), recipe.seed)
     packed = decide_packing(recipe, base.model, splits.train, batch.global_size, notice)
-    prepare_for_training(base.model)
-    keys = DropoutKeys()
-    adapter = prepare_method(recipe, base, keys)
-    use_fast_lora(base.model)
-    if sizes.tp > 1:
-        check_plan(base.model, plan_for(base.model), sizes.tp)
-    flops = token_flops(base.model, recipe.data.max_seq_len).total
-    return Parts(recipe, world, sizes, batch, tokenizer, splits, base, adapter, TokenLoss(keys, packed), flops)
+    return Parts(recipe, world, sizes, batch, tokenizer, splits, base, TokenLoss(DropoutKeys(), packed))
 
 
 def prepare_method(recipe: Recipe, base: BaseModel, keys: DropoutKeys) -> LoRASpec | None:

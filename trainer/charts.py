@@ -109,6 +109,21 @@ def stacked_bars(bars: Sequence[tuple[str, Sequence[tuple[str, float, str]]]], u
     return f'<svg viewBox="0 0 {WIDTH} {len(bars) * row + 8}" role="img">{"".join(parts)}</svg>'
 
 
+def histogram(bins: Sequence[tuple[int, int, int]], title: str) -> str:
+    """Vertical bars of (lowest, highest, count) bins over an axis with this title."""
+    most = max(count for _, _, count in bins)
+    frame = Frame(bins[0][0] - 1, bins[-1][1], 0, most * 1.06, False)
+    parts = [*_y_axis(frame), *_x_axis(frame, title)]
+    for low, high, count in bins:
+        left, top = frame.x(low - 1), frame.y(count)
+        label = f"<title>{low}-{high}: {count:,}</title>"
+        parts.append(
+            f'<rect class="bar" x="{left + 1:.1f}" y="{top:.1f}" width="{frame.x(high) - left - 2:.1f}" '
+            f'height="{HEIGHT - BOTTOM - top:.1f}">{label}</rect>'
+        )
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" style="max-width: 720px">{"".join(parts)}</svg>'
+
+
 def smooth(points: Sequence[Point], radius: int) -> list[Point]:
     """Mean over ``radius`` points to each side, so that the curve does not lag; breaks stay breaks."""
     result: list[Point] = []
@@ -173,7 +188,7 @@ def _y_axis(frame: Frame) -> list[str]:
     return parts
 
 
-def _x_axis(frame: Frame) -> list[str]:
+def _x_axis(frame: Frame, title: str = "step") -> list[str]:
     y = HEIGHT - BOTTOM
     parts = [f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>']
     for tick in _ticks(frame.x_min, frame.x_max, 6):
@@ -183,7 +198,7 @@ def _x_axis(frame: Frame) -> list[str]:
         parts.append(
             f'<text class="tick" text-anchor="{anchor}" x="{frame.x(tick):.1f}" y="{y + 16}">{number(tick)}</text>'
         )
-    parts.append(f'<text class="axis-title" text-anchor="end" x="{WIDTH - RIGHT}" y="{HEIGHT - 4}">step</text>')
+    parts.append(f'<text class="axis-title" text-anchor="end" x="{WIDTH - RIGHT}" y="{HEIGHT - 4}">{escape(title)}</text>')
     return parts
 
 

@@ -134,7 +134,7 @@ def _random_model(config: dict[str, Any], vocab_size: int, seed: int) -> BaseMod
 def _model_classes(config: dict[str, Any]) -> tuple[Any, Any]:
     from importlib import import_module
 
-    name = config.get("model_type")
+    name = TEXT_ONLY_TYPES.get(config.get("model_type"), config.get("model_type"))
     try:
         module = import_module(f"mlx_lm.models.{MODEL_REMAPPING.get(name, name)}")
     except ImportError as error:

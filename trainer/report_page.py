@@ -44,6 +44,11 @@ details { margin-bottom: 10px; } summary { cursor: pointer; font-weight: 600; }
 .tip { position: absolute; pointer-events: none; background: var(--ink); color: var(--back); font-size: 12px;
   border-radius: 5px; padding: 4px 8px; display: none; white-space: nowrap; z-index: 2; }
 .tip b { font-weight: 650; }
+svg .bar { fill: #2f6fde; }
+.card.row { margin-bottom: 8px; } .card.row h3 { color: var(--soft); font-weight: 500; }
+pre.tokens { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; color: var(--soft); }
+.tokens span, .tokens mark { border-left: 1px solid color-mix(in srgb, var(--soft) 45%, transparent); }
+mark { background: color-mix(in srgb, #2b8a3e 22%, transparent); color: var(--ink); }
 @media print { .card { break-inside: avoid; } }
 """
 

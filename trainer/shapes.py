@@ -70,11 +70,11 @@ def planned_model(recipe: Recipe) -> PlannedModel:
     config = dict(recipe.model.config or read_config(recipe.model.path))
     text_config = config.get("text_config", config)
     notices = []
-    settings = replace(recipe.model, path=None, config=config, quantize=None)
+    settings = replace(recipe.model, config=config)
     if settings.dtype == "auto":
         settings = replace(settings, dtype="bfloat16")
         notices.append("model.dtype: auto is counted as bfloat16, as on a GPU; a CPU would take float32")
-    base = open_model(settings, _vocabulary(recipe.model, text_config), recipe.seed)
+    base = open_shapes(settings, _vocabulary(recipe.model, text_config), recipe.seed)
     notices += _quantize(base, recipe.model)
     is_packed = recipe.data.packing is not False and packing_supported(base.model) is None
     prepare_for_training(base.model)
@@ -84,6 +84,12 @@ def planned_model(recipe: Recipe) -> PlannedModel:
     checkpoint_layers(base.model.layers, recipe.gradient_checkpointing)
     base.model.train()
     return PlannedModel(base.model, TokenLoss(keys, is_packed), text_config, tuple(notices))
+
+
+def open_shapes(config: ModelConfig, vocab_size: int, seed: int) -> BaseModel:
+    """The model that the config describes, not quantized; its arrays are never to be evaluated, no weight is read."""
+    values = dict(config.config or read_config(config.path))
+    return open_model(replace(config, path=None, config=values, quantize=None), vocab_size, seed)
 
 
 def read_config(path: str) -> dict[str, Any]:

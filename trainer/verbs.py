@@ -65,6 +65,16 @@ def _validate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--world", metavar="N", type=_count, default=1, help="number of ranks (default: 1)")
 
 
+def _data(parser: argparse.ArgumentParser) -> None:
+    _recipe(parser)
+    parser.add_argument("--split", choices=("train", "valid"), default="train", help="rows to show (default: train)")
+    parser.add_argument(
+        "--rows", metavar="N", type=_count, default=8, help="rows of the first batch to show (default: 8)"
+    )
+    parser.add_argument("--world", metavar="N", type=_count, default=1, help="number of ranks (default: 1)")
+    parser.add_argument("--html", metavar="FILE", help="write one HTML file, which opens without network")
+
+
 def _plan(parser: argparse.ArgumentParser) -> None:
     _recipe(parser)
     parser.add_argument("--world", metavar="N", type=_count, default=1, help="number of ranks (default: 1)")
@@ -222,6 +232,12 @@ VERBS = {
         "Check a recipe and show what it means, without loading a model.",
         "python -m trainer validate recipes/qwen-9b-lora.yaml --world 4",
         _validate,
+    ),
+    "data": Verb(
+        "trainer.data_verb:main",
+        "What the model will see: tokenised rows, learned tokens in colour, packing and padding, lengths.",
+        "python -m trainer data recipes/quickstart.yaml --rows 4 --html data.html",
+        _data,
     ),
     "plan": Verb(
         "trainer.plan:main",

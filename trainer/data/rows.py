@@ -100,6 +100,11 @@ class TokenizedRows:
         return sum(store.truncated for store in self._stores)
 
     @property
+    def dropped(self) -> int:
+        """Rows of the sources that had no target left after the cut and are out."""
+        return sum(store.dropped for store in self._stores)
+
+    @property
     def skipped(self) -> int:
         """Rows of the sources that could not be read and were passed over."""
         return sum(store.skipped for store in self._stores)
