@@ -6,7 +6,7 @@ model (masks, scaling, windows) runs unchanged on every stage. Letters: B rows, 
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -111,11 +111,41 @@ class AbsentCache:
         """Always: the layer's keys are elsewhere."""
         return True
 
+    def merge(self, caches: Sequence["AbsentCache"]) -> "AbsentCache":
+        """For several rows at once: the stand-in whose peer is the peers' cache of all rows."""
+        peers = [cache.peer for cache in caches]
+        return AbsentCache(None if self.peer is None else self.peer.merge(peers))
+
+    def extract(self, row: int) -> "AbsentCache":
+        """For one row of several."""
+        return AbsentCache()
+
+    def _left_to_the_peer(self, *args: Any, **kwargs: Any) -> None:
+        """What changes the rows of a batch; the peer stands in the same list and is told itself."""
+
+    extend = filter = prepare = finalize = advance = _left_to_the_peer
+
 
 def own_caches(caches: Sequence[Any], own: range) -> list[Any]:
     """A model's caches with those of other stages' layers replaced."""
     kinds = {_cache_kind(caches[i]): caches[i] for i in reversed(own)}
+    for peer in kinds.values():
+        if hasattr(peer, "merge"):
+            peer.merge = _merged_once(peer.merge)
     return [cache if i in own else AbsentCache(kinds.get(_cache_kind(cache))) for i, cache in enumerate(caches)]
+
+
+def _merged_once(merge: Callable[[Sequence[Any]], Any]) -> Callable[[Sequence[Any]], Any]:
+    """`merge` that gives a layer and its stand-ins the same cache, as the rows' own caches are the same."""
+    merged: dict[tuple[int, ...], Any] = {}
+
+    def once(caches: Sequence[Any]) -> Any:
+        rows = tuple(map(id, caches))
+        if rows not in merged:
+            merged[rows] = merge(caches)
+        return merged[rows]
+
+    return once
 
 
 def check_stages(model: nn.Module) -> None:

@@ -60,7 +60,7 @@ def answer_rows(
         rows: a split.
         indices: rows to answer.
         max_new_tokens: longest answer.
-        group: ranks that share the work; each holds the whole model.
+        group: ranks that share the work; none of them needs another for its own rows.
         continue_texts: go on from the beginning of a row that has no answer of its own; by default it is left out.
     """
     asked = [

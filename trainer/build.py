@@ -128,6 +128,11 @@ class Parts:
         """The ranks that see different rows."""
         return self.mesh.dp
 
+    @property
+    def answer_group(self) -> comm.Group:
+        """The ranks that answer different rows. Those that share weights gather them in step: they answer the same."""
+        return self.mesh.dp_replicate
+
     def evaluator(self, rows: TokenizedRows) -> Evaluator:
         """Measures the model on `rows`."""
         share = replace(self.share, accumulation=1)
@@ -139,7 +144,7 @@ class Parts:
             self.recipe.eval,
             self.plan(rows, share.global_batch_size, seed=0, epoch=0, shuffle=False),
             share,
-            self.data_group,
+            self.answer_group,
             pad_token(self.tokenizer),
         )
 

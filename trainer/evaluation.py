@@ -25,7 +25,7 @@ class Evaluator:
         config: the recipe's `eval:`.
         plan: every batch of the split, `share.global_batch_size` lines each.
         share: this rank's part of a batch, without accumulation.
-        group: the data-parallel ranks.
+        group: the ranks that answer different rows.
         pad_id: token that fills rows up.
     """
 

@@ -105,9 +105,10 @@ class Footprints:
         Raises:
             ValueError: the model cannot be divided so.
         """
-        return max((self._stage(mesh, accumulation, s) for s in range(mesh.pp)), key=lambda f: f.peak)
+        return max((self.stage(mesh, accumulation, stage) for stage in range(mesh.pp)), key=lambda f: f.peak)
 
-    def _stage(self, mesh: MeshSizes, accumulation: int, stage: int) -> Footprint:
+    def stage(self, mesh: MeshSizes, accumulation: int, stage: int) -> Footprint:
+        """The footprint of the ranks of one pipeline stage; arguments as for `of`."""
         parts = self.placement.rank(mesh, stage, self.split(mesh.pp))
         trained = [part for part in parts if part.trainable]
         weights = sum(part.num_bytes for part in parts)
@@ -116,7 +117,9 @@ class Footprints:
         buffers = self._buffers(mesh, stage, trained, gradients)
         step = self._step_peak(mesh, accumulation, stage, trained, gradients)
         update = gradients + self._update_excess * _elements(trained) / _elements(self._all_trained)
-        return Footprint(weights, gradients, optimizer, buffers, round(max(step, update) - gradients))
+        # Gathered weights and gradients on their way are gone when the optimizer begins.
+        most = max(step + buffers, update + self._group_bytes(mesh))
+        return Footprint(weights, gradients, optimizer, buffers, round(most - gradients - buffers))
 
     def _gradient_item_bytes(self, part: Part, mesh: MeshSizes, accumulation: int) -> int:
         """Gradients are added up in float32, over micro-batches and (by default) over ranks."""
@@ -124,8 +127,7 @@ class Footprints:
         return 4 if is_widened else part.dtype.size
 
     def _buffers(self, mesh: MeshSizes, stage: int, trained: list[Part], gradients: int) -> int:
-        axes = (mesh.dp_replicate, mesh.dp_shard, mesh.pp, mesh.tp)
-        total = _GROUP_BYTES * sum(size > 1 for size in axes)
+        total = self._group_bytes(mesh)
         if mesh.dp_replicate > 1:
             # The gradients before the sum stay until the last bucket is back.
             total += sum(part.num_bytes for part in trained) + min(2 * _BUCKET_BYTES, gradients)
@@ -133,15 +135,21 @@ class Footprints:
             total += self._gathered(mesh, stage)
         return total
 
+    def _group_bytes(self, mesh: MeshSizes) -> int:
+        return _GROUP_BYTES * sum(size > 1 for size in (mesh.dp_replicate, mesh.dp_shard, mesh.pp, mesh.tp))
+
     def _gathered(self, mesh: MeshSizes, stage: int) -> int:
-        """FSDP: weights of the layer in use and of the next, gathered, with the gradients of the one in use."""
+        """FSDP: the unit in use, gathered, with its gradients, and the gathered weights of the next, in either pass."""
         whole = MeshSizes(1, 1, mesh.pp, mesh.tp)
-        units: dict[int | str, int] = {}
+        weights: dict[int | str, int] = {}
+        gradients: dict[int | str, int] = {}
         for part in self.placement.rank(whole, stage, self.split(mesh.pp)):
-            unit = part.name if part.layer is None else part.layer
-            units[unit] = units.get(unit, 0) + part.num_bytes * (2 if part.trainable else 1)
-        largest = sorted(units.values(), reverse=True)[:2]
-        return sum(largest)
+            unit = part.name.rpartition(".")[0] if part.layer is None else part.layer
+            weights[unit] = weights.get(unit, 0) + part.num_bytes
+            gradients[unit] = gradients.get(unit, 0) + part.num_bytes * part.trainable
+        order = sorted(weights, key=lambda unit: (not _is_embedding(unit), isinstance(unit, str), unit))
+        pairs = [*zip(order, order[1:], strict=False), *zip(order[1:], order, strict=False)]
+        return max(weights[unit] + gradients[unit] + weights[other] for unit, other in pairs)
 
     def _step_peak(
         self, mesh: MeshSizes, accumulation: int, stage: int, trained: list[Part], gradients: int
@@ -255,6 +263,10 @@ def optimizer_bytes(trained: list[Part], recipe: Recipe) -> int:
     """Bytes of the optimizer's state for parts of these shapes: of the run's own optimizer, never evaluated."""
     tree = tree_unflatten([(part.name, mx.zeros(part.shape, dtype=part.dtype)) for part in trained])
     return sum(array.nbytes for _, array in Optimizer(tree, recipe.optimizer).tensors())
+
+
+def _is_embedding(unit: int | str) -> bool:
+    return isinstance(unit, str) and "embed" in unit
 
 
 def _elements(parts: list[Part]) -> int:

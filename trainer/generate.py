@@ -51,9 +51,9 @@ def _compare_rows(parts: Parts, arguments: argparse.Namespace) -> None:
     chosen = [i for i in range(len(rows)) if rows.prompt(i) is not None][: arguments.rows]
     if not chosen:
         raise ValueError("The validation rows are plain text, without an answer to compare with; use --prompt.")
-    before = answer_rows(parts.model, parts.tokenizer, rows, chosen, limit, parts.data_group)
+    before = answer_rows(parts.model, parts.tokenizer, rows, chosen, limit, parts.answer_group)
     load_result(parts, arguments.target, notice_on_stderr(parts.world))
-    after = answer_rows(parts.model, parts.tokenizer, rows, chosen, limit, parts.data_group)
+    after = answer_rows(parts.model, parts.tokenizer, rows, chosen, limit, parts.answer_group)
     if parts.world.rank != 0:
         return
     for base, tuned in zip(before, after):

@@ -25,7 +25,7 @@ class Measured:
 
     Attributes:
         weights, gradients, optimizer, peak: of real steps.
-        plan: the same of the plan, for the fullest rank, with its buffers and activations.
+        plan: the same of the plan for this rank, with its buffers and activations.
     """
 
     weights: int
@@ -39,7 +39,6 @@ def measure(recipe: Recipe, world: comm.Group, accumulation: int) -> Measured:
     """Bytes on this rank in a step of the loop, once the optimizer has state, and those that the plan says."""
     sizes = resolve_mesh(recipe.parallel, world.size)
     footprints = Footprints(recipe, planned_model(recipe))
-    plan = footprints.of(sizes, accumulation)
     batch = footprints._batch
     # In a run, layers are checkpointed last.
     real = planned_model(replace(recipe, gradient_checkpointing=False))
@@ -47,6 +46,7 @@ def measure(recipe: Recipe, world: comm.Group, accumulation: int) -> Measured:
     # Drawing random weights would take longer than the steps.
     model.update(tree_map(lambda p: mx.full(p.shape, 0.01, dtype=p.dtype), model.parameters()))
     mesh = comm.Mesh.build(comm.MeshShape(**asdict(sizes)), world)
+    plan = footprints.stage(sizes, accumulation, mesh.pp.rank)
     wrap(model, recipe.parallel, mesh)
     checkpoint_layers(model.layers, recipe.gradient_checkpointing)
     mx.eval(model.parameters(), batch)
