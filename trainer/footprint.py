@@ -148,8 +148,10 @@ class Footprints:
             weights[unit] = weights.get(unit, 0) + part.num_bytes
             gradients[unit] = gradients.get(unit, 0) + part.num_bytes * part.trainable
         order = sorted(weights, key=lambda unit: (not _is_embedding(unit), isinstance(unit, str), unit))
-        pairs = [*zip(order, order[1:], strict=False), *zip(order[1:], order, strict=False)]
-        return max(weights[unit] + gradients[unit] + weights[other] for unit, other in pairs)
+        sizes = [0, *(weights[unit] for unit in order), 0]
+        return max(
+            weights[unit] + gradients[unit] + max(sizes[i], sizes[i + 2]) for i, unit in enumerate(order)
+        )
 
     def _step_peak(
         self, mesh: MeshSizes, accumulation: int, stage: int, trained: list[Part], gradients: int
