@@ -19,6 +19,7 @@ from trainer.config import Recipe
 from trainer.recipe import load_recipe
 
 MARK = "BENCH "
+WRONG_INPUT = 2
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -33,11 +34,19 @@ def main(arguments: argparse.Namespace) -> int:
         measurement = _measure(SIDES[0], recipe, arguments)
         found = [] if measurement is None else [measurement]
     else:
-        sides = (SIDES[0], arguments.vs)
-        found = [_best(side, arguments) for side in sides]
+        _require_one_process()
+        found = [_best(side, arguments) for side in (SIDES[0], arguments.vs)]
     if found:
         print(json.dumps([asdict(m) for m in found], indent=2) if arguments.json else table(found), flush=True)
     return 0
+
+
+def _require_one_process() -> None:
+    import comm
+
+    size = comm.init().size
+    if size > 1:
+        raise ValueError(f"--vs compares single processes, but {size} ranks were started; run it without a launcher.")
 
 
 def _best(side: str, arguments: argparse.Namespace) -> Measurement:
@@ -49,6 +58,8 @@ def _best(side: str, arguments: argparse.Namespace) -> Measurement:
     for _ in range(arguments.rounds):
         print(f"{side} ...", file=sys.stderr, flush=True)
         done = subprocess.run(words, capture_output=True, text=True)
+        if done.returncode == WRONG_INPUT:
+            raise ValueError(done.stderr.partition("error: ")[2].strip())
         lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
         if done.returncode or not lines:
             raise RuntimeError(f"the {side} side failed with exit code {done.returncode}:\n{done.stdout}{done.stderr}")

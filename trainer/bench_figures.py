@@ -30,11 +30,17 @@ class Measurement:
     optimizer_s: float | None = None
     mfu_pct: float | None = None
 
+    @property
+    def tokens_per_step(self) -> float:
+        """Real tokens of a step: packed rows hold more than as many single ones."""
+        return self.tokens_per_sec * self.step_s
+
 
 def table(found: list[Measurement]) -> str:
     """Measurements as lines of text, with the ratio of the first to the second where there are two."""
     rows: list[tuple[str, str, str]] = [
         ("tokens/s", "tokens_per_sec", ".0f"),
+        ("tokens/step", "tokens_per_step", ".0f"),
         ("s/step", "step_s", ".3f"),
         ("  data", "data_s", ".4f"),
         ("  forward and backward", "compute_s", ".3f"),

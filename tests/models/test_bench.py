@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from trainer.__main__ import main
 from trainer.bench_figures import Measurement, table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,4 +60,16 @@ def test_table_shows_ratios():
     sides = [Measurement("mlx-trainer", 200, 1, 0, 1.0, 2.0), Measurement("mlx-lm", 100, 2, 0, 4.0, 2.0)]
     text = table(sides)
     assert "2.00x" in text
+    assert text.splitlines()[2].split() == ["tokens/step", "200", "200"]
     assert "0.25x" in text
+
+
+def test_a_mistake_is_told_once(tmp_path, capsys):
+    """Catches a traceback, or exit code 1, for what the user wrote: found by a side's process, not by the recipe's
+    check.
+    """
+    recipe = tmp_path / "wrong.yaml"
+    recipe.write_text(RECIPE)
+    assert main(["bench", str(recipe), "--vs", "mlx-lm", "lora.targets=[nowhere]"]) == 2
+    told = capsys.readouterr().err
+    assert told.count("nowhere") == 1 and "Traceback" not in told
