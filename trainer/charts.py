@@ -59,11 +59,14 @@ class Frame:
         return HEIGHT - BOTTOM - (here - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
 
-def line_chart(series: Sequence[Series], *, from_zero: bool = False, log: bool = False) -> str:
+def line_chart(
+    series: Sequence[Series], *, from_zero: bool = False, log: bool = False, steps: tuple[float, float] | None = None
+) -> str:
     """An SVG of several lines over the step.
 
     Args:
         series: At least one point with a value among them.
+        steps: First and last step of the x axis, so that charts can be compared; default: those of the series.
         from_zero: The y axis begins at 0.
         log: Logarithmic y axis where all values are positive.
 
@@ -71,7 +74,7 @@ def line_chart(series: Sequence[Series], *, from_zero: bool = False, log: bool =
         One ``<svg>`` element.
     """
     series = [Series(**{**vars(one), "points": thin(one.points)}) for one in series]
-    frame = _frame(series, from_zero, log)
+    frame = _frame(series, from_zero, log, steps)
     parts = [*_y_axis(frame), *_x_axis(frame)]
     for one in sorted(series, key=lambda one: not one.faint):
         parts.append(_line(one, frame))
@@ -162,8 +165,8 @@ def number(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _frame(series: Sequence[Series], from_zero: bool, log: bool) -> Frame:
-    xs = [x for one in series for x, _ in one.points]
+def _frame(series: Sequence[Series], from_zero: bool, log: bool, steps: tuple[float, float] | None) -> Frame:
+    xs = steps or [x for one in series for x, _ in one.points]
     ys = [y for one in series for _, y in one.points if y is not None]
     assert ys, "a chart needs at least one value"
     low, high = min(ys), max(ys)

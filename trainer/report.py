@@ -29,11 +29,13 @@ CHARTS: tuple[tuple[str, str, bool, bool], ...] = (
     ("Seconds per step", "time/step_s", True, False),
     ("Padding, % of positions", "throughput/padding_pct", True, False),
     ("Communication not hidden behind compute, % of the step", "comm/exposed_pct", True, False),
+    ("All-reduce of a sampled step, seconds", "comm/allreduce_s", True, False),
     ("Bus bandwidth, GB/s", "comm/bus_gb_per_s", True, False),
     ("Slowest rank behind the fastest, seconds", "comm/rank_skew_s", True, False),
     ("Pipeline bubble, %", "pp/bubble_pct", True, False),
     ("Peak memory, GiB", "memory/peak_gib", True, False),
     ("Memory in use, GiB", "memory/active_gib", True, False),
+    ("Memory cached, GiB", "memory/cache_gib", True, False),
     ("Learning rate", "train/learning_rate", True, False),
     ("Gradient norm before clipping", "train/grad_norm", False, True),
     ("Skipped steps", "train/skipped_steps", True, False),
@@ -153,7 +155,7 @@ def _loss_chart(runs: Sequence[RunFiles]) -> str:
         if run.values("eval/loss"):
             series.append(Series(f"{run.name} eval", run.color, run.points("eval/loss"), dashed=True, dots=True))
             legend.append((f"{run.name} eval", run.color, "dashed"))
-    return chart_card("Loss", legend, line_chart(series)) if series else ""
+    return chart_card("Loss", legend, line_chart(series, steps=_steps(runs))) if series else ""
 
 
 def _chart(runs: Sequence[RunFiles], title: str, key: str, from_zero: bool, log: bool) -> str:
@@ -166,7 +168,13 @@ def _chart(runs: Sequence[RunFiles], title: str, key: str, from_zero: bool, log:
     values = [value for run in having for value in run.values(key)]
     log = log and min(values) > 0 and max(values) / min(values) > 30
     legend = [(run.name, run.color, "line") for run in having]
-    return chart_card(title, legend, line_chart(series, from_zero=from_zero, log=log))
+    return chart_card(title, legend, line_chart(series, from_zero=from_zero, log=log, steps=_steps(runs)))
+
+
+def _steps(runs: Sequence[RunFiles]) -> tuple[float, float]:
+    """First and last step of all runs."""
+    steps = [row[STEP_KEY] for run in runs for row in run.rows]
+    return min(steps), max(steps)
 
 
 def _step_split(runs: Sequence[RunFiles]) -> str:
@@ -258,7 +266,7 @@ def _answer(sample: dict | None) -> str:
     look = ""
     if sample["expected"] is not None:
         look = "right" if sample["generated"].strip() == sample["expected"].strip() else "wrong"
-    return f'<td class="{look}"><pre>{escape(sample["generated"])}</pre></td>'
+    return f'<td class="{look}"><pre>{escape(sample["generated"].strip())}</pre></td>'
 
 
 def _machines(runs: Sequence[RunFiles]) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -93,12 +94,16 @@ def test_shows_what_was_measured_and_nothing_else(tmp_path: Path) -> None:
 def test_several_runs_share_charts_and_differences_are_listed(tmp_path: Path) -> None:
     """Runs of the same folder name that cannot be told apart, a difference that is not shown, an equal setting that is."""
     runs = [make_run(tmp_path / "x" / "run", 1e-4), make_run(tmp_path / "y" / "run", 3e-4, pp__bubble_pct=9.0)]
+    late = runs[1] / "metrics.jsonl"
+    late.write_text("".join(line for line in late.read_text().splitlines(True)[3:]))  # begins at step 30
     text = report(runs)
     assert "x/run" in text and "y/run" in text
     assert titles(text).count("Loss") == 1
     assert "Pipeline bubble, %" in titles(text)
     assert "<code>optimizer.lr</code>" in text
     assert "<code>optimizer.name</code>" not in text
+    ends = {tuple(json.loads(unescape(chart))["frame"][:2]) for chart in re.findall(r'data-chart="([^"]*)"', text)}
+    assert ends == {(0, 100)}, "a chart of one run must have the steps of all"
     assert "The recipes and machines are the same." in report([runs[0], runs[0]])
 
 
