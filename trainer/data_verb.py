@@ -47,9 +47,8 @@ def show(shown: Preview, console: Console) -> None:
         facts.add_row(Text(name), Text(value))
     console.print(facts)
     console.print(_histogram(shown.histogram))
-    console.print(Text("\nFirst batch of the run: ").append("learned", LEARNED).append(" and ").append("other", OTHER).append(
-        " tokens" if has_color else f" tokens (learned ones in {' '.join(BRACKETS)})"
-    ))
+    key = Text("\nFirst batch of the run: ").append("learned", LEARNED).append(" and ").append("other", OTHER)
+    console.print(key.append(" tokens" if has_color else f" tokens (learned ones in {' '.join(BRACKETS)})"))
     for number, line in enumerate(shown.lines, start=1):
         console.print(Text(f"\nline {number}: {line.length} positions, {line.num_padding} of padding", NOTE))
         _documents(console, line.documents, has_color)
@@ -57,6 +56,9 @@ def show(shown: Preview, console: Console) -> None:
     _documents(console, shown.longest, has_color)
     console.print(Text("\nRows with the fewest learned tokens", "bold"))
     _documents(console, shown.fewest, has_color)
+    if shown.skipped:
+        console.print(Text("\nSkipped rows", "bold"))
+        console.print(Text("\n".join(f"  {visible(line)}" for line in shown.skipped)))
 
 
 def _documents(console: Console, documents: Sequence[Document], has_color: bool) -> None:

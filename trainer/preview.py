@@ -6,7 +6,7 @@ Made of the very arrays of training (`Parts.plan`, `collate`), with the model's 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 import comm
 from trainer.build import Parts, open_parts, pad_token
 from trainer.config import Recipe
-from trainer.data import PlannedBatch, TokenizedRows, collate
+from trainer.data import BadRows, PlannedBatch, TokenizedRows, collate, load_splits
 from trainer.data.encode import plain_tokenizer
 from trainer.rules import resolve_mesh
 from trainer.shapes import open_shapes
@@ -74,6 +74,7 @@ class Preview:
         histogram: (shortest, longest, rows) of each bin of lengths.
         lines: the first lines of the first batch.
         longest, fewest: the rows with most tokens, and with the fewest targets.
+        skipped: places of rows that are empty or unreadable, with the reason; the first ten.
     """
 
     title: str
@@ -83,6 +84,7 @@ class Preview:
     lines: list[Line]
     longest: list[Document]
     fewest: list[Document]
+    skipped: list[str]
 
 
 def preview(recipe: Recipe, title: str, split: str, num_rows: int, world: int) -> Preview:
@@ -112,14 +114,14 @@ def preview(recipe: Recipe, title: str, split: str, num_rows: int, world: int) -
         lines=list(_lines(rows, plan[0], num_rows, pad_token(parts.tokenizer), tokenizer)),
         longest=[_document(int(row), rows.tokens(row), rows.mask(row), tokenizer) for row in by_length],
         fewest=[_document(int(row), rows.tokens(row), rows.mask(row), tokenizer) for row in by_targets],
+        skipped=_skipped(parts) if rows.skipped else [],
     )
 
 
 def visible(text: str) -> str:
     """Text whose line breaks and control characters can be seen."""
-    return "".join(
-        "↵\n" if char == "\n" else char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
-    )
+    codes = {char: char.encode("unicode_escape").decode() for char in text if not char.isprintable()} | {"\n": "↵\n"}
+    return "".join(codes.get(char, char) for char in text)
 
 
 def _planned(parts: Parts, split: str) -> tuple[TokenizedRows, list[PlannedBatch], int]:
@@ -135,6 +137,7 @@ def _planned(parts: Parts, split: str) -> tuple[TokenizedRows, list[PlannedBatch
 
 def _facts(parts: Parts, rows: TokenizedRows, plan: Sequence[PlannedBatch], size: int) -> list[tuple[str, str]]:
     num_tokens, num_targets = int(rows.lengths.sum()), int(rows.num_targets.sum())
+    median = np.median(rows.lengths)
     num_slots = sum(size * batch.length for batch in plan)
     shapes = sorted({batch.length for batch in plan})
     num_lines = sum(batch.num_positions for batch in plan)
@@ -142,7 +145,7 @@ def _facts(parts: Parts, rows: TokenizedRows, plan: Sequence[PlannedBatch], size
         ("rows", f"{len(rows):,}"),
         ("tokens", f"{num_tokens:,}"),
         ("learned tokens", f"{num_targets:,} ({num_targets / num_tokens:.1%})"),
-        ("tokens per row", f"mean {rows.lengths.mean():.0f}, median {np.median(rows.lengths):.0f}, longest {rows.lengths.max()}"),
+        ("tokens per row", f"mean {rows.lengths.mean():.0f}, median {median:.0f}, longest {rows.lengths.max()}"),
         ("packing", f"on, {len(rows) / num_lines:.2f} rows per line" if parts.loss.packed else "off, one row per line"),
         ("padding", f"{100 * (1 - num_tokens / num_slots):.1f} % of {num_slots:,} positions"),
         ("lines per batch", f"{size} (the last batch has {plan[-1].num_positions})"),
@@ -150,15 +153,25 @@ def _facts(parts: Parts, rows: TokenizedRows, plan: Sequence[PlannedBatch], size
         ("steps per epoch", f"{len(plan):,}"),
         ("rows cut to data.max_seq_len", f"{rows.truncated:,}"),
         ("rows left out, no target after the cut", f"{rows.dropped:,}"),
-        ("rows skipped, empty or unreadable", f"{rows.skipped:,}" + (" (data.on_bad_row=stop lists them)" if rows.skipped else "")),
+        ("rows skipped, empty or unreadable", f"{rows.skipped:,}"),
     ]
+
+
+def _skipped(parts: Parts) -> list[str]:
+    """The rows that were passed over, found by reading them again without the leave to do so."""
+    try:
+        load_splits(replace(parts.recipe.data, on_bad_row="stop"), parts.tokenizer, parts.recipe.seed, notice=str)
+    except BadRows as error:
+        return error.lines
+    return []
 
 
 def _histogram(lengths: np.ndarray) -> list[tuple[int, int, int]]:
     shortest = int(lengths.min())
     width = -(-int(lengths.max() - shortest + 1) // NUM_BINS)
     starts = range(shortest, int(lengths.max()) + 1, width)
-    return [(low, low + width - 1, int(count)) for low, count in zip(starts, np.bincount((lengths - shortest) // width))]
+    counts = np.bincount((lengths - shortest) // width)
+    return [(low, low + width - 1, int(count)) for low, count in zip(starts, counts)]
 
 
 def _lines(rows: TokenizedRows, batch: PlannedBatch, num_rows: int, pad_id: int, tokenizer: Any) -> Iterator[Line]:

@@ -17,6 +17,7 @@ def preview_page(shown: Preview) -> str:
     key = '<p class="sub"><mark>Marked tokens</mark> are learned; the others are read only. ↵ is a line break.</p>'
     lines = "".join(_line(number, line) for number, line in enumerate(shown.lines, start=1))
     chart = f'<div class="card chart">{histogram(shown.histogram, "tokens per row")}</div>'
+    skipped = table(["row", "why"], [[escape(visible(part)) for part in line.split(": ", 1)] for line in shown.skipped])
     sections = [
         notices,
         section("Figures", facts),
@@ -24,6 +25,7 @@ def preview_page(shown: Preview) -> str:
         section("First batch of the run", key + lines),
         section("Longest rows", _documents(shown.longest)),
         section("Rows with the fewest learned tokens", _documents(shown.fewest)),
+        section("Skipped rows", skipped if shown.skipped else ""),
     ]
     return page(shown.title, "What the model will see, from mlx-trainer", sections)
 

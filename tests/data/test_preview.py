@@ -90,6 +90,27 @@ def test_figures_are_those_of_the_plan(tmp_path):
     assert dict(valid.facts)["rows"] == "1" and valid.lines[0].documents[0].num_tokens == 96
 
 
+def test_needs_no_weights(tmp_path):
+    """Weights that are read, of a model for which only config and tokenizer are there; a lost first space."""
+    source = Path(__file__).parents[1] / "reference" / "data" / "qwen3"
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((source / name).read_bytes())
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": "to be or not to be"}])
+    made = recipe_from({"model": {"path": str(tmp_path)}, "data": {"train": str(rows), "max_seq_len": 64}})
+    (document,) = preview(made, "mine", "train", 1, world=1).lines[0].documents
+    assert "".join(piece.text for piece in document.pieces).startswith("to be or not to be")
+
+
+def test_skipped_rows_are_listed(tmp_path):
+    """An empty row of which only the count is shown, or one that is listed though nothing was skipped."""
+    rows = [{"text": "fine"}, {"text": ""}, {"prompt": "x"}]
+    found = shown(tmp_path / "a", rows, on_bad_row="skip")
+    assert dict(found.facts)["rows skipped, empty or unreadable"] == "2"
+    reasons = [line.partition("rows.jsonl:")[2] for line in found.skipped]
+    assert reasons == ["2: column 'text' is empty", "3: column 'text' is missing"]
+    assert shown(tmp_path / "b", rows[:1], on_bad_row="skip").skipped == []
+
+
 def test_terminal_without_colour_marks_what_is_learned(tmp_path):
     """A file or a pipe in which prompt and answer look alike; a row that moves the terminal's cursor."""
     console = Console(width=400, record=True, color_system=None, file=io.StringIO())

@@ -10,11 +10,12 @@ from .corpus import corpus, training_format
 from .packing import plan_packed
 from .plan import PlannedBatch, bucket_lengths, plan_epoch
 from .rows import TokenizedRows
-from .splits import Splits, load_split, load_splits
+from .splits import BadRows, Splits, load_split, load_splits
 from .synthetic import synthetic_rows
 from .targets import TargetBounds
 
 __all__ = [
+    "BadRows",
     "PlannedBatch",
     "Splits",
     "TargetBounds",

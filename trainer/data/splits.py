@@ -5,7 +5,7 @@ weighted. Everything depends on the files, the tokenizer, the recipe and the see
 same rows.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -227,6 +227,16 @@ class _Reader:
             yield chunk, loss_on
 
 
+class BadRows(ValueError):
+    """Rows that cannot be used; `lines` gives the place of each and the reason, of ten at most."""
+
+    def __init__(self, lines: Sequence[str]):
+        more = " (there may be more)" if len(lines) == MAX_LISTED else ""
+        listed = "\n".join(f"  {line}" for line in lines)
+        super().__init__(f"Rows that cannot be used{more}; data.on_bad_row: skip leaves them out:\n{listed}")
+        self.lines = list(lines)
+
+
 class _Problems:
     """Bad rows: counted when they are to be skipped, else listed and raised together."""
 
@@ -237,14 +247,12 @@ class _Problems:
 
     def add(self, place: str, reason: str) -> None:
         self.count += 1
-        self._lines.append(f"  {place}: {reason}")
+        self._lines.append(f"{place}: {reason}")
         if len(self._lines) == MAX_LISTED:
             self.stop()
 
     def stop(self) -> None:
         """Raise what has been found, unless bad rows are skipped."""
         if self._lines and not self._skip:
-            more = " (there may be more)" if len(self._lines) == MAX_LISTED else ""
-            listed = "\n".join(self._lines)
-            raise ValueError(f"Rows that cannot be used{more}; data.on_bad_row: skip leaves them out:\n{listed}")
+            raise BadRows(self._lines)
         self._lines.clear()
