@@ -130,6 +130,7 @@ def test_html_shows_rows_and_runs_none(tmp_path, capsys):
     text = out.read_text()
     assert text.count("<script>") == 1 and "http" not in text and " src=" not in text and "url(" not in text
     first = re.search(r'<pre class="tokens">(.*?)</pre>', text, re.DOTALL)[1]
+    assert first.count("<span>&lt;</span>") == 2 and "<span><<" not in first  # a token is a byte here
     assert "Hi <script>alert(1)</script>" in unescape(re.sub(r"</?(span|mark)>", "", first))
     assert "".join(unescape(word) for word in re.findall("<mark>(.*?)</mark>", first)).startswith("Hello, é世界 😀!")
     assert main(["data", str(path), "--split", "valid"]) == 2
