@@ -7,7 +7,7 @@ content. Nothing is parsed before it is iterated; `pyarrow` is imported only for
 import csv
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -36,102 +36,88 @@ class RowFile(Protocol):
     def __iter__(self) -> Iterator[RawRow]: ...
 
 
+@dataclass(frozen=True)
+class LocalFile:
+    """The rows of one file.
+
+    Args:
+        path: the file.
+        read: yields its rows.
+    """
+
+    path: Path
+    read: Callable[[Path], Iterator[RawRow]]
+
+    @property
+    def name(self) -> str:
+        return str(self.path)
+
+    def digest(self) -> str:
+        return file_digest(self.path)
+
+    def __iter__(self) -> Iterator[RawRow]:
+        return self.read(self.path)
+
+
 def open_file(path: Path) -> RowFile:
-    """The reader for a file's suffix.
+    """The rows of a file, read as its suffix says.
 
     Raises:
-        ValueError: when there is none.
+        ValueError: when there is no reader for the suffix.
     """
-    readers = {".jsonl": JsonLines, ".parquet": Parquet, ".csv": Csv}
+    readers = {".jsonl": read_json_lines, ".parquet": read_parquet, ".csv": read_csv}
     if path.suffix not in readers:
         raise ValueError(f"{path} is not one of the files that can be read: {', '.join(SUFFIXES)}.")
-    return readers[path.suffix](path)
+    return LocalFile(path, readers[path.suffix])
 
 
-@dataclass(frozen=True)
-class JsonLines:
+def read_json_lines(path: Path) -> Iterator[RawRow]:
     """One JSON object a line; empty lines are passed over."""
-
-    path: Path
-
-    @property
-    def name(self) -> str:
-        return str(self.path)
-
-    def digest(self) -> str:
-        return file_digest(self.path)
-
-    def __iter__(self) -> Iterator[RawRow]:
-        with self.path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                place = f"{self.path}:{number}"
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    yield RawRow(place, None, f"not JSON ({error})")
-                    continue
-                if isinstance(row, dict):
-                    yield RawRow(place, row)
-                else:
-                    yield RawRow(place, None, f"a row must be a JSON object, not {type(row).__name__}")
-
-
-@dataclass(frozen=True)
-class Csv:
-    """Comma-separated values under a header line; cells may span lines."""
-
-    path: Path
-
-    @property
-    def name(self) -> str:
-        return str(self.path)
-
-    def digest(self) -> str:
-        return file_digest(self.path)
-
-    def __iter__(self) -> Iterator[RawRow]:
-        with self.path.open(encoding="utf-8-sig", newline="") as lines:
-            reader = csv.DictReader(lines)
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            place = f"{path}:{number}"
+            if not line.strip():
+                continue
             try:
-                for row in reader:
-                    yield self._checked(row, reader)
-            except (UnicodeDecodeError, csv.Error) as error:  # what follows cannot be told apart into rows
-                yield RawRow(f"{self.path}:{reader.line_num + 1}", None, f"not CSV in UTF-8 ({error})")
-
-    def _checked(self, row: dict, reader: csv.DictReader) -> RawRow:
-        place = f"{self.path}:{reader.line_num}"
-        if None in row or None in row.values():
-            return RawRow(place, None, f"the header has {len(reader.fieldnames or ())} cells, this row has not")
-        return RawRow(place, row)
+                row = json.loads(line)
+            except ValueError as error:
+                yield RawRow(place, None, f"not JSON ({error})")
+                continue
+            if isinstance(row, dict):
+                yield RawRow(place, row)
+            else:
+                yield RawRow(place, None, f"a row must be a JSON object, not {type(row).__name__}")
 
 
-@dataclass(frozen=True)
-class Parquet:
-    """A parquet file, read one batch of rows at a time."""
-
-    path: Path
-
-    @property
-    def name(self) -> str:
-        return str(self.path)
-
-    def digest(self) -> str:
-        return file_digest(self.path)
-
-    def __iter__(self) -> Iterator[RawRow]:
-        import pyarrow.parquet
-
-        number = 0
+def read_csv(path: Path) -> Iterator[RawRow]:
+    """Comma-separated values under a header line; cells may span lines."""
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.DictReader(lines)
         try:
-            with pyarrow.parquet.ParquetFile(self.path) as table:
-                for batch in table.iter_batches():
-                    for row in batch.to_pylist():
-                        number += 1
-                        yield RawRow(f"{self.path}:row {number}", row)
-        except pyarrow.ArrowInvalid as error:
-            yield RawRow(f"{self.path}:row {number + 1}", None, f"not parquet ({error})")
+            for row in reader:
+                place = f"{path}:{reader.line_num}"
+                if None in row or None in row.values():
+                    num_cells = len(reader.fieldnames or ())
+                    yield RawRow(place, None, f"the header has {num_cells} cells, this row has not")
+                else:
+                    yield RawRow(place, row)
+        except (UnicodeDecodeError, csv.Error) as error:  # what follows cannot be told apart into rows
+            yield RawRow(f"{path}:{reader.line_num + 1}", None, f"not CSV in UTF-8 ({error})")
+
+
+def read_parquet(path: Path) -> Iterator[RawRow]:
+    """A parquet file, read one batch of rows at a time."""
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as table:
+            for batch in table.iter_batches():
+                for row in batch.to_pylist():
+                    number += 1
+                    yield RawRow(f"{path}:row {number}", row)
+    except pyarrow.ArrowInvalid as error:
+        yield RawRow(f"{path}:row {number + 1}", None, f"not parquet ({error})")
 
 
 def file_digest(path: Path) -> str:
