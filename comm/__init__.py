@@ -21,6 +21,7 @@ _HOME = {
     "Mesh": "mesh",
     "MeshShape": "mesh",
     "init": "backend",
+    "is_lost_peer": "ending",
     "leave": "ending",
     "solo": "group",
     "all_gather_object": "objects",

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from typing import Any
 
 from comm.capabilities import CAPABILITIES
 
@@ -14,7 +15,10 @@ def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     cut = given.index("--") if "--" in given else len(given)
     parser = _parser()
-    options = parser.parse_args(given[:cut])
+    options, unknown = parser.parse_known_args(given[:cut])
+    if unknown:
+        hint = "; the program goes after --" if options.verb == "launch" and cut == len(given) else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     if options.verb == "launch":
         return _launch(parser, options, given[cut + 1 :])
     if given[cut:]:
@@ -23,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             return _bench(options)
         except ValueError as error:
-            parser.exit(2, f"{error}\n")
+            parser.exit(2, f"error: {error}\n")
     from comm.doctor import main as run_doctor
 
     return run_doctor(options)
@@ -39,7 +43,7 @@ def _launch(
     try:
         hosts = make_hosts(options.num_ranks, options.hosts, options.hostfile)
     except ValueError as error:
-        parser.exit(2, f"{error}\n")
+        parser.exit(2, f"error: {error}\n")
     backend = options.backend or hosts.backend or "ring"
     job = Job(
         tuple(command), hosts, backend, options.timeout, options.max_restarts,
@@ -48,7 +52,7 @@ def _launch(
     try:
         return launch(mpi_job(job) if backend == "mpi" else job)
     except ValueError as error:
-        parser.exit(2, f"{error}\n")
+        parser.exit(2, f"error: {error}\n")
 
 
 def _bench(options: argparse.Namespace) -> int:
@@ -65,21 +69,48 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m comm", description=__doc__)
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    launch = verbs.add_parser("launch", help="start a program on every rank: launch ... -- COMMAND")
+    parser = argparse.ArgumentParser(
+        prog="python -m comm",
+        description="Start programs on many ranks, measure their links, and check their hosts.",
+        epilog="`python -m comm VERB --help` explains one verb, with an example.",
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    _add_launch(verbs)
+    _add_bench(verbs)
+    _add_doctor(verbs)
+    return parser
+
+
+def _add_verb(verbs: Any, name: str, summary: str, example: str) -> argparse.ArgumentParser:
+    return verbs.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=f"example: {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _add_launch(verbs: Any) -> None:
+    example = "python -m comm launch -n 2 -- python -m trainer recipes/quickstart.yaml"
+    launch = _add_verb(verbs, "launch", "start a program on every rank: launch ... -- COMMAND", example)
     launch.add_argument("-n", type=_positive, dest="num_ranks", help="ranks per host (default 1)")
     launch.add_argument("--hosts", help="host names for ssh, separated by commas")
     launch.add_argument("--hostfile", help="hosts as mlx.distributed_config writes them")
     launch.add_argument("--backend", choices=BACKENDS, help="default: the hostfile's, else ring")
-    launch.add_argument("--max-restarts", type=int, default=0, help="restarts after a failure")
+    launch.add_argument("--max-restarts", type=_not_negative, default=0, help="restarts after a failure (default 0)")
     launch.add_argument(
         "--timeout", type=float, default=300.0, help="seconds a rank may be missing (default 300)"
     )
     launch.add_argument("--python", default="python3", help="interpreter on other hosts")
     launch.add_argument("--ssh", default="ssh -o BatchMode=yes", help="command that reaches them")
     launch.add_argument("--cwd", default=os.getcwd(), help="folder to start in, where it exists")
-    bench = verbs.add_parser("bench", help="measure the collectives; run it under a launcher")
+
+
+def _add_bench(verbs: Any) -> None:
+    example = "python -m comm launch --hostfile hosts.json -- python -m comm bench"
+    summary = "measure latency, bandwidth and gradient fusion; alone it starts local ranks"
+    bench = _add_verb(verbs, "bench", summary, example)
     bench.add_argument("--backend", default="any", choices=("any", *BACKENDS))
     bench.add_argument("-n", type=_positive, dest="num_ranks", default=2, help="local ranks, when started alone (default 2)")
     bench.add_argument("--json", action="store_true", help="print one JSON object")
@@ -87,18 +118,28 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--plot", metavar="FILE", help="draw latency and bandwidth as a PNG")
     bench.add_argument("--max-mib", type=_positive, default=64, help="largest message (default 64)")
     bench.add_argument("--repeats", type=_positive, default=5, help="timings each (default 5)")
-    doctor = verbs.add_parser("doctor", help="check the hosts; each line is pass, warn or fail")
+
+
+def _add_doctor(verbs: Any) -> None:
+    example = "python -m comm doctor --hostfile hosts.json"
+    doctor = _add_verb(verbs, "doctor", "check the hosts; each line is pass, warn or fail", example)
     doctor.add_argument("--hostfile", help="hosts as mlx.distributed_config writes them")
     doctor.add_argument("--python", default="python3", help="interpreter on other hosts")
     doctor.add_argument("--ssh", default="ssh -o BatchMode=yes", help="command that reaches them")
-    return parser
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return number
+    return _whole(text, 1)
+
+
+def _not_negative(text: str) -> int:
+    return _whole(text, 0)
+
+
+def _whole(text: str, least: int) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number >= {least}")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -29,17 +29,15 @@ class Finding:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Probes the hosts, prints the findings, returns 1 if any failed."""
+    """Probes the hosts and prints the findings; returns 1 if any failed, 2 if the hostfile is wrong."""
     try:
         hosts = read_hostfile(options.hostfile) if options.hostfile else None
     except ValueError as error:
-        findings = [Finding("fail", line) for line in str(error).splitlines()]
-    else:
-        hosts = hosts or HostList((Host("127.0.0.1"),))
-        reports = {
-            host.ssh: ask(host, options.ssh, options.python, hosts) for host in hosts.hosts
-        }
-        findings = judge(hosts, reports)
+        print("\n".join(f"fail  {line}" for line in str(error).splitlines()))
+        return 2
+    hosts = hosts or HostList((Host("127.0.0.1"),))
+    reports = {host.ssh: ask(host, options.ssh, options.python, hosts) for host in hosts.hosts}
+    findings = judge(hosts, reports)
     for finding in findings:
         print(f"{finding.level:<5} {finding.text}")
     return int(any(finding.level == "fail" for finding in findings))

@@ -54,8 +54,10 @@ def read_hostfile(path: str) -> HostList:
     """
     try:
         content = json.loads(Path(path).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}.") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from None
     problems: list[str] = []
     hosts = _parse(content, problems)
     if hosts is not None:
@@ -131,16 +133,24 @@ def _parse(content: Any, problems: list[str]) -> HostList | None:
     for rank, row in enumerate(rows):
         if not isinstance(row.get("ssh"), str) or row["ssh"].startswith("-"):
             problems.append(f'rank {rank}: "ssh" is {row.get("ssh")!r}; it must be a host name.')
-        ips, rdma = row.get("ips") or [], row.get("rdma") or []
+        ips, rdma = (_list(row, name, f"rank {rank}: ", problems) for name in ("ips", "rdma"))
         devices = tuple(device or None for device in rdma)
         hosts.append(Host(str(row.get("ssh")), tuple(map(str, ips)), devices))
     variables = []
-    for entry in body.get("envs") or []:
+    for entry in _list(body, "envs", "", problems):
         name, equals, value = str(entry).partition("=")
         if not equals or not name.isidentifier():
             problems.append(f"envs has {entry!r}; each must be NAME=VALUE.")
         variables.append((name, value))
     return HostList(tuple(hosts), str(body.get("backend") or ""), tuple(variables))
+
+
+def _list(row: dict[str, Any], name: str, place: str, problems: list[str]) -> list[Any]:
+    value = row.get(name) or []
+    if isinstance(value, list):
+        return value
+    problems.append(f'{place}"{name}" is {value!r}; it must be a list.')
+    return []
 
 
 def _is_ipv4(text: str) -> bool:

@@ -6,17 +6,33 @@ an exit code: 0 done, 2 what the user wrote is wrong, 1 anything else, 130 and 1
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import io
 import os
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from trainer.blas import load_fast_blas
-from trainer.problems import RecipeError, nearest
+from trainer.device_errors import translated
+from trainer.problems import USER_ERRORS, AgreedError, RecipeError, listing, nearest, sentence
+from trainer.shipped import recipes_folder
 from trainer.verbs import VERBS
 
 # Set by mlx.launch and `python -m comm launch`, by JACCL, and by two families of mpirun.
 _RANK_VARIABLES = ("MLX_RANK", "JACCL_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+# What people write for a verb whose name is not alike.
+_SYNONYMS = {"train": "run", "fuse": "export", "chat": "generate", "convert": "export"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended: its exit code, and the error of this rank alone that the others must hear of."""
+
+    code: int
+    error: Exception | None = None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,22 +44,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    return run(list(sys.argv[1:] if argv is None else argv)).code
+
+
+def run(words: list[str]) -> Outcome:
+    """Run the command of these words, and tell what went wrong."""
     if not words or words[0] in ("-h", "--help"):
         print(_overview())
-        return 0 if words else 2
-    name = words.pop(0) if words[0] in VERBS else "run"
-    if name == "run" and words and (verb := _misspelt(words[0])):
-        print(f"error: there is no verb {words[0]}; did you mean {verb}?", file=sys.stderr)
-        return 2
-    parser = VERBS[name].parser(name)
-    arguments = parser.parse_intermixed_args(words)
+        return Outcome(0 if words else 2)
+    # Every rank got the same words: rank 0 alone says what is wrong with them.
+    with contextlib.redirect_stderr(io.StringIO()) if _rank() else contextlib.nullcontext():
+        if problem := _unknown(words[0]):
+            print(f"error: {problem}", file=sys.stderr)
+            return Outcome(2)
+        name = words[0] if words[0] in VERBS else "run"
+        arguments = VERBS[name].parser(name).parse_intermixed_args(words[1:] if words[0] in VERBS else words)
+    if _rank() and not VERBS[name].every_rank:
+        return Outcome(0)
     try:
-        return VERBS[name].main(arguments)
+        return Outcome(VERBS[name].main(arguments))
     except KeyboardInterrupt:
-        return 130
+        return Outcome(130)
     except Exception as error:
-        return _report(error, show_traceback=arguments.traceback)
+        return _report(error, arguments)
 
 
 def _overview() -> str:
@@ -59,38 +82,42 @@ def _overview() -> str:
     )
 
 
-def _misspelt(word: str) -> str:
-    """The verb that was probably meant by a first word that is neither a verb nor a recipe."""
-    is_recipe = (
-        word.startswith("-") or os.sep in word or word.endswith((".yaml", ".yml")) or os.path.exists(word)
-    )
-    return "" if is_recipe else nearest(word, VERBS)
+def _unknown(word: str) -> str:
+    """What is wrong with a first word that is neither a verb nor a recipe; empty where it is one of them."""
+    is_path = word.startswith("-") or os.sep in word or word.endswith((".yaml", ".yml")) or os.path.exists(word)
+    if word in VERBS or is_path:
+        return ""
+    alike = (verb for verb in VERBS if word.startswith(verb) or verb.startswith(word))
+    if verb := _SYNONYMS.get(word) or next(alike, "") or nearest(word, VERBS):
+        return f"there is no verb {word}; did you mean {verb}?"
+    if (shipped := recipes_folder() / f"{word}.yaml").is_file():
+        return f"{word} is a recipe that comes along; give its file: python -m trainer {shipped}"
+    return f"{word} is neither a recipe file nor a verb; verbs are {listing(VERBS)}."
 
 
-def _report(error: Exception, show_traceback: bool) -> int:
-    """Print what went wrong and return the exit code.
+def _report(error: Exception, arguments: argparse.Namespace) -> Outcome:
+    """Print what went wrong.
 
-    A RecipeError is the same on every rank, so only rank 0 lists its problems. Any other error may be one
-    rank's alone and is printed by each rank that has it, with its number.
+    A RecipeError is the same on every rank, so only rank 0 lists its problems, and an AgreedError is told by rank 0
+    alone. Any other error may be one rank's alone and is printed by each rank that has it, with its number.
     """
-    rank = _rank()
-    code = 2 if isinstance(error, (ValueError, FileNotFoundError, NotADirectoryError, PermissionError)) else 1
-    is_expected = code == 2 or isinstance(error, (OSError, ImportError))
+    rank, told = _rank(), translated(error, arguments)
+    code = 2 if isinstance(told, USER_ERRORS) else 1
+    # A rank that lost another one has nothing to tell: the watchdog names the one that is gone.
+    is_lost_peer = "comm" in sys.modules and sys.modules["comm"].is_lost_peer(error)
+    is_expected = code == 2 or is_lost_peer or isinstance(told, (OSError, ImportError))
     prefix = f"rank {rank}: " if rank is not None else ""
-    if show_traceback or not is_expected:
+    if arguments.traceback or not is_expected:
         text = prefix + "".join(traceback.format_exception(error)).rstrip()
-    elif isinstance(error, RecipeError):
-        text = f"error: {error}" if not rank else f"{prefix}{error.headline}"
+    elif isinstance(told, AgreedError):
+        text = "" if rank else f"error: {told}"
+    elif isinstance(told, RecipeError):
+        text = f"error: {told}" if not rank else f"{prefix}{told.headline}"
     else:
-        text = f"{prefix}error: {_sentence(error)}"
-    print(text, file=sys.stderr, flush=True)
-    return code
-
-
-def _sentence(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.strerror}: {error.filename}"
-    return str(error) or type(error).__name__
+        text = f"{prefix}error: {sentence(told)}"
+    if text:
+        print(text, file=sys.stderr, flush=True)
+    return Outcome(code, None if isinstance(told, AgreedError) else error)
 
 
 def _rank() -> int | None:
@@ -101,8 +128,8 @@ def _rank() -> int | None:
 
 if __name__ == "__main__":
     load_fast_blas()
-    exit_code = main()
-    if exit_code and _rank() is not None and "comm" in sys.modules:
+    outcome = run(sys.argv[1:])
+    if outcome.code and _rank() is not None and "comm" in sys.modules:
         # Other ranks may be waiting in a collective: a normal exit would wait for them in turn.
-        sys.modules["comm"].leave(exit_code)
-    sys.exit(exit_code)
+        sys.modules["comm"].leave(outcome.code, outcome.error)
+    sys.exit(outcome.code)

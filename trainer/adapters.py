@@ -5,7 +5,6 @@ PEFT stores `lora_A` as (rank, inputs) and `lora_B` as (outputs, rank); here `lo
 and mlx-lm share. Formats: mlx_lm/tuner/utils.py (mlx-lm 0.32), peft/tuners/lora/config.py (PEFT 0.19).
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from trainer.lora import LoRASpec, is_adapter
+from trainer.storage import read_json
+from trainer.tensor_files import read_tensor_file
 
 PEFT_SUFFIXES = {
     "lora_A.weight": "lora_a",
@@ -67,12 +68,13 @@ def read_adapter(folder: str, model: nn.Module, dropout: float) -> Adapter:
     path = Path(folder)
     if not (path / "adapter_config.json").is_file():
         raise ValueError(f"lora.init_from={folder!r} has no adapter_config.json; give an mlx-lm or PEFT adapter folder.")
-    config = json.loads((path / "adapter_config.json").read_text())
+    config = read_json(path / "adapter_config.json")
     modules = dict(model.named_modules())
     if (path / "adapters.safetensors").is_file():
-        adapter = _from_mlx_lm(config, mx.load(str(path / "adapters.safetensors")), dropout)
+        adapter = _from_mlx_lm(config, read_tensor_file(path / "adapters.safetensors"), dropout)
     elif (path / "adapter_model.safetensors").is_file():
-        adapter = _from_peft(folder, config, mx.load(str(path / "adapter_model.safetensors")), modules, dropout)
+        stored = read_tensor_file(path / "adapter_model.safetensors")
+        adapter = _from_peft(folder, config, stored, modules, dropout)
     else:
         raise ValueError(f"lora.init_from={folder!r} has neither adapters.safetensors nor adapter_model.safetensors.")
     missing = [p for p in adapter.spec.paths if p not in modules]

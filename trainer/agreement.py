@@ -15,6 +15,7 @@ import mlx.core as mx
 
 import comm
 from trainer import __version__
+from trainer.problems import USER_ERRORS, AgreedSystemError, AgreedUserError, sentence
 
 Result = TypeVar("Result")
 EXPECTED = (ValueError, OSError)
@@ -28,23 +29,24 @@ def together(world: comm.Group, work: Callable[[], Result]) -> Result:
         work: must not communicate.
 
     Raises:
-        ValueError: `work` failed somewhere with one (or with a missing file); the text is rank 0's own where all
-            ranks met the same, else it names each rank and host.
-        OSError: likewise, when it failed with another one, such as a full disk.
+        AgreedUserError: a ValueError; `work` failed somewhere with what the user can mend. The text is the error's own
+            where all ranks met the same, else it names each rank and host.
+        AgreedSystemError: an OSError; likewise, when it failed with something else, such as a full disk.
     """
     try:
-        result, problem, is_users = work(), None, True
+        result, failure = work(), None
     except EXPECTED as error:
-        result, problem, is_users = None, str(error), isinstance(error, (ValueError, FileNotFoundError))
+        result, failure = None, error
+    problem, is_users = failure and sentence(failure), failure is None or isinstance(failure, USER_ERRORS)
     problems = comm.all_gather_object([problem, is_users], world)
     texts = [text for text, _ in problems]
     if not any(texts):
         return result
-    kind = ValueError if all(users for _, users in problems) else OSError
+    kind = AgreedUserError if all(users for _, users in problems) else AgreedSystemError
     if len(set(texts)) == 1:
-        raise kind(texts[0])
+        raise kind(texts[0]) from failure
     hosts = comm.all_gather_object(socket.gethostname(), world)
-    raise kind("\n".join(f"rank {r} on {hosts[r]}: {text}" for r, text in enumerate(texts) if text))
+    raise kind("\n".join(f"rank {r} on {hosts[r]}: {text}" for r, text in enumerate(texts) if text)) from failure
 
 
 def end_on_interrupt(world: comm.Group) -> None:
@@ -61,7 +63,7 @@ def require_same(world: comm.Group, digests: dict[str, Any]) -> None:
         digests: name of a thing that must be equal everywhere, to a JSON-able digest of it.
 
     Raises:
-        ValueError: they differ; names the things, the hosts and what each has.
+        AgreedUserError: they differ; names the things, the hosts and what each has.
     """
     mine = {f"version of {name}": version(name) for name in ("mlx", "mlx-lm")}
     mine |= {"version of mlx-trainer": __version__} | digests
@@ -73,7 +75,7 @@ def require_same(world: comm.Group, digests: dict[str, Any]) -> None:
             held = ", ".join(f"rank {r} on {host}: {seen[name]}" for r, (host, seen) in enumerate(everyone))
             lines.append(f"the {name} differs ({held})")
     if lines:
-        raise ValueError("The ranks do not agree: " + "; ".join(lines) + ". Give every host the same files.")
+        raise AgreedUserError("The ranks do not agree: " + "; ".join(lines) + ". Give every host the same files.")
 
 
 def broadcast_tensors(world: comm.Group, tensors: dict[str, mx.array] | None) -> Iterator[tuple[str, mx.array]]:

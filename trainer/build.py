@@ -34,6 +34,7 @@ from trainer.models.lora_matmul import use_fast_lora
 from trainer.models.prepare import prepare_for_training
 from trainer.models.segments import packing_supported
 from trainer.optim import Optimizer
+from trainer.paths import require_paths
 from trainer.rules import BatchSizes, MeshSizes, resolve_batch, resolve_mesh
 
 Notice = Callable[[str], None]
@@ -235,6 +236,7 @@ def open_parts(
 ) -> Parts:
     """Tokenizer, rows and base model, and from these how the rows become batches; nothing is trainable yet."""
     batch = resolve_batch(recipe, sizes.dp)
+    require_paths(recipe)
     tokenizer = open_tokenizer(recipe.model, partial(corpus, recipe.data, recipe.seed))
     splits = load_splits(recipe.data, tokenizer, recipe.seed, notice=notice)
     base = open_base(recipe.model, len(tokenizer), recipe.seed)

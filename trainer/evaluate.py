@@ -6,6 +6,7 @@ import sys
 import comm
 from trainer.agreement import end_on_interrupt
 from trainer.build import build
+from trainer.problems import AgreedUserError
 from trainer.result import load_result, notice_on_stderr, shared_recipe
 
 
@@ -17,7 +18,7 @@ def main(arguments: argparse.Namespace) -> int:
     parts = build(recipe, world, notice_on_stderr(world))
     rows = parts.splits.train if arguments.split == "train" else parts.splits.valid
     if rows is None:
-        raise ValueError(f"{arguments.target!r} was trained without validation rows; set data.valid=PATH.")
+        raise AgreedUserError(f"{arguments.target!r} was trained without validation rows; set data.valid=PATH.")
     load_result(parts, arguments.target, notice_on_stderr(parts.world))
     measured, _ = parts.evaluator(rows).run()
     if world.rank == 0:

@@ -17,6 +17,7 @@ from trainer.agreement import end_on_interrupt
 from trainer.answers import answer_rows
 from trainer.build import Parts, build
 from trainer.data import training_format
+from trainer.problems import AgreedUserError
 from trainer.result import load_result, notice_on_stderr, shared_recipe
 
 END = "/exit"  # Open MPI 5's mpirun hands rank 0 its input but not the end of it (openpmix #4024)
@@ -46,11 +47,11 @@ def _compare_rows(parts: Parts, arguments: argparse.Namespace) -> None:
     """Held-out rows, answered before and after training."""
     rows = parts.splits.valid
     if rows is None:
-        raise ValueError(f"{arguments.target!r} was trained without validation rows; set data.valid=PATH.")
+        raise AgreedUserError(f"{arguments.target!r} was trained without validation rows; set data.valid=PATH.")
     limit = parts.recipe.eval.max_new_tokens
     chosen = [i for i in range(len(rows)) if rows.prompt(i) is not None][: arguments.rows]
     if not chosen:
-        raise ValueError("The validation rows are plain text, without an answer to compare with; use --prompt.")
+        raise AgreedUserError("The validation rows are plain text, without an answer to compare with; use --prompt.")
     before = answer_rows(parts.model, parts.tokenizer, rows, chosen, limit, parts.answer_group)
     load_result(parts, arguments.target, notice_on_stderr(parts.world))
     after = answer_rows(parts.model, parts.tokenizer, rows, chosen, limit, parts.answer_group)

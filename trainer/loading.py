@@ -3,7 +3,6 @@
 Weights are lazy until `materialize`, so that wrappers can take their slices first.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ from mlx_lm.utils import MODEL_REMAPPING, hf_repo_to_path, load_model, load_toke
 
 from trainer.config import ModelConfig
 from trainer.data import build_tokenizer
+from trainer.paths import is_local
+from trainer.storage import read_json
 
 DEFAULT_INITIALIZER_RANGE = 0.02
 # A random start's vocabulary is rounded up to this, so that tensor-parallel ranks can divide it.
@@ -52,10 +53,16 @@ def open_tokenizer(config: ModelConfig, texts: Any) -> TokenizerWrapper:
     if source.startswith("bpe:"):
         tokenizer = build_tokenizer(texts(), int(source.removeprefix("bpe:")))
         return TokenizerWrapper(tokenizer, eos_token_ids=[tokenizer.eos_token_id])
+    if source == config.path:
+        _check_folder(source)
     try:
-        return load_tokenizer(source, {"trust_remote_code": config.trust_remote_code})
+        tokenizer = load_tokenizer(source, {"trust_remote_code": config.trust_remote_code})
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"model: no tokenizer can be read from {source!r}: {_first_line(error)}") from error
+        raise ValueError(f"model: no tokenizer can be read from {source!r}: {_reason(error, source)}") from error
+    # Where its files are missing, transformers makes one that knows its special tokens only.
+    if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):
+        raise ValueError(f"model: {source!r} holds no tokenizer files, such as tokenizer.json; give model.tokenizer.")
+    return tokenizer
 
 
 def open_model(config: ModelConfig, vocab_size: int, seed: int) -> BaseModel:
@@ -96,19 +103,21 @@ def materialize(model: nn.Module) -> None:
 
 def _read_model(config: ModelConfig) -> BaseModel:
     path = Path(config.path)
-    if path.exists() and not (path / "config.json").is_file():
-        raise ValueError(f"model.path={config.path!r} has no config.json; give a model folder or a Hugging Face repo.")
+    _check_folder(config.path)
     try:
         if path.exists():
-            config_values = json.loads((path / "config.json").read_text())
+            config_values = read_json(path / "config.json")
             renamed = TEXT_ONLY_TYPES.get(config_values.get("model_type"))
             other = {"model_type": renamed} if renamed else None
             trust = config.trust_remote_code
             return BaseModel(*load_model(path, lazy=True, model_config=other, trust_remote_code=trust))
         model, _, read = load(config.path, lazy=True, return_config=True, trust_remote_code=config.trust_remote_code)
         return BaseModel(model, read)
+    except RuntimeError as error:  # MLX's word for a file that it cannot read
+        reason = f"{_reason(error, config.path)}. A torn download, or a Git LFS pointer without its content"
+        raise ValueError(f"model.path={config.path!r} cannot be opened: {reason}: download it again.") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"model.path={config.path!r} cannot be opened: {_first_line(error)}") from error
+        raise ValueError(f"model.path={config.path!r} cannot be opened: {_reason(error, config.path)}") from error
 
 
 def _random_model(config: dict[str, Any], vocab_size: int, seed: int) -> BaseModel:
@@ -164,5 +173,15 @@ def _cast(model: nn.Module, dtype: mx.Dtype) -> None:
     model.update(tree_map_with_path(cast, model.parameters()))
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _check_folder(path: str) -> None:
+    """Refuse a local path that is no model folder."""
+    if Path(path).exists() and not Path(path, "config.json").is_file():
+        raise ValueError(f"model.path={path!r} has no config.json; give a model folder or a Hugging Face repo.")
+
+
+def _reason(error: Exception, source: str) -> str:
+    """An error's first line; for a repository, what to do without network."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if is_local(source):
+        return lines[0]
+    return f"{lines[0].rstrip('.')}. Without network, download it elsewhere (hf download {source}) and give the folder."

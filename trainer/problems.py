@@ -1,4 +1,4 @@
-"""What is wrong with a recipe: one `Problem` per key, one `RecipeError` for all of them.
+"""What is wrong with a recipe: one `Problem` per key, one `RecipeError` for all of them; and errors of all ranks.
 
 Pure text, no parsing and no rules: those are in `trainer.fill` and `trainer.rules`.
 """
@@ -59,6 +59,36 @@ class RecipeError(ValueError):
         """The source and the number of problems, in one line."""
         count = len(self.problems)
         return f"{self.source}: {count} problem{'s' if count != 1 else ''}"
+
+
+# What a user can mend: wrong words, and paths that are not what they should be.
+USER_ERRORS = (
+    ValueError,
+    FileNotFoundError,
+    FileExistsError,
+    NotADirectoryError,
+    IsADirectoryError,
+    PermissionError,
+)
+
+
+class AgreedError(Exception):
+    """Raised on every rank with the same text, so that rank 0 alone tells it."""
+
+
+class AgreedUserError(AgreedError, ValueError):
+    """One that the user can mend."""
+
+
+class AgreedSystemError(AgreedError, OSError):
+    """Another one of the system's, such as a full disk."""
+
+
+def sentence(error: Exception) -> str:
+    """An error's text, without the bookkeeping of the operating system's errors."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.strerror}: {error.filename}"
+    return str(error) or type(error).__name__
 
 
 def show(value: Any) -> str:

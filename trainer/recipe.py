@@ -84,7 +84,10 @@ def to_yaml(recipe: Recipe) -> str:
 
 def _read_text(path: Path) -> str:
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise RecipeError([Problem("", None, f"not text in UTF-8 ({error})")], str(path)) from error
     if path.is_dir():
         raise FileNotFoundError(
             f"{path} is a folder; a recipe is a YAML file, such as {path / 'recipe.yaml'}."

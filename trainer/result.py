@@ -17,6 +17,7 @@ from trainer.checkpoint import CheckpointError, CheckpointFolder, follow_best, o
 from trainer.config import Recipe
 from trainer.output import ADAPTER_CONFIG_FILE, ADAPTERS_FILE
 from trainer.recipe import load_recipe, recipe_from
+from trainer.tensor_files import read_tensor_file
 
 
 def shared_recipe(world: comm.Group, target: str, overrides: list[str]) -> Recipe:
@@ -101,10 +102,10 @@ def _read(path: Path, notice: Notice) -> dict[str, mx.array]:
     if (path / "state.json").is_file():
         return _checkpoint(path)
     if (path / ADAPTERS_FILE).is_file():
-        return mx.load(str(path / ADAPTERS_FILE))
+        return read_tensor_file(path / ADAPTERS_FILE)
     if (path / "model").is_dir():
         shards = sorted((path / "model").glob("model*.safetensors"))
-        return {name: value for shard in shards for name, value in mx.load(str(shard)).items()}
+        return {name: value for shard in shards for name, value in read_tensor_file(shard).items()}
     newest = CheckpointFolder(path / "checkpoints", None).newest(notice)
     if newest is None:
         raise ValueError(f"{str(path)!r} holds no result and no whole checkpoint yet.")

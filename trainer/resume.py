@@ -131,7 +131,7 @@ def restore(parts: Parts, folder: CheckpointFolder, found: Found, notice: Notice
     world, checkpoint, state = parts.world, found.checkpoint, found.state
     if state is None:
         return Progress()
-    _check_identity(state["identity"], parts.identity)
+    together(world, lambda: _check_identity(state["identity"], parts.identity))
     for line in _changes(state["settings"], _settings(parts.recipe)):
         notice(line)
     load_weights(parts, checkpoint)

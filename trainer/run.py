@@ -28,6 +28,7 @@ from trainer.loop import Due, Hooks, Loop
 from trainer.machine import MACHINE_FILE, machine_facts
 from trainer.metrics import JsonlSink, Metrics
 from trainer.optim import learning_rate
+from trainer.paths import require_writable
 from trainer.progress import WATCHDOG_ROWS, Progress, StopRules
 from trainer.recipe import load_recipe, to_yaml
 from trainer.requests import CheckpointTrigger, Stop
@@ -41,8 +42,10 @@ from trainer.wandb_sink import WandbSink, wandb_mode
 
 def main(arguments: argparse.Namespace) -> int:
     """Run a recipe; returns the exit code: 0 done, 128 + signal when a signal ended it."""
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
-    world = comm.init(recipe.parallel.backend if isinstance(recipe.parallel.backend, str) else "any")
+    world = comm.init()
+    recipe = together(world, partial(load_recipe, arguments.recipe, arguments.overrides))
+    if isinstance(recipe.parallel.backend, str):
+        world = comm.init(recipe.parallel.backend)
     hint = blas_hint() if mx.default_device() == mx.cpu else None
     apply_limits(recipe.limits)
     return train(recipe, world, Stop().install(), [*warnings(recipe), *([hint] if hint else [])])
@@ -61,6 +64,7 @@ def train(recipe: Recipe, world: comm.Group, stop: Stop, notices: list[str]) -> 
         The exit code.
     """
     output_dir = Path(recipe.output_dir) if world.rank == 0 else None
+    together(world, lambda: output_dir and require_writable(recipe.output_dir))
     folder = CheckpointFolder(output_dir and output_dir / "checkpoints", recipe.checkpoint.keep_last)
     found = resume.find(recipe, folder, world, notices.append)
     recipe, batch_dp = resume.keep_global_batch(recipe, found, resolve_mesh(recipe.parallel, world.size).dp)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -27,6 +26,8 @@ from trainer.models.checkpointing import checkpoint_layers
 from trainer.models.lora_matmul import use_fast_lora
 from trainer.models.prepare import prepare_for_training
 from trainer.models.segments import packing_supported
+from trainer.paths import require_paths
+from trainer.storage import read_json
 
 _GROUP_SIZES = {"mxfp4": 32, "mxfp8": 32, "nvfp4": 16, "affine": 64}
 # Formats of `quantization_config` that name the format only; the bits and mode that MLX gives them.
@@ -67,6 +68,7 @@ def planned_model(recipe: Recipe) -> PlannedModel:
     Raises:
         ValueError: the config cannot be read or does not describe a model, or the method does not fit it.
     """
+    require_paths(recipe, ("model.path", "lora"))
     config = dict(recipe.model.config or read_config(recipe.model.path))
     text_config = config.get("text_config", config)
     notices = []
@@ -109,7 +111,7 @@ def read_config(path: str) -> dict[str, Any]:
             ) from error
     if not file.is_file():
         raise ValueError(f"model.path={path!r} has no config.json.")
-    return json.loads(file.read_text(encoding="utf-8"))
+    return read_json(file)
 
 
 def _vocabulary(model: ModelConfig, text_config: dict[str, Any]) -> int:

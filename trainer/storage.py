@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 CHUNK_BYTES = 16 * 2**20
 TMP_SUFFIX = ".tmp"
@@ -32,6 +33,18 @@ def write_json(path: Path, value: object) -> FileRecord:
         file.flush()
         os.fsync(file.fileno())
     return file_record(path)
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        ValueError: It is torn or not JSON; names the file.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from error
 
 
 def file_record(path: Path) -> FileRecord:

@@ -115,6 +115,18 @@ def write_tensor_file(path: Path, tensors: NamedTensors) -> None:
     shard.close()
 
 
+def read_tensor_file(path: Path) -> dict[str, mx.array]:
+    """The tensors of a safetensors file by name. Lazy: each is read from the disk when it is evaluated.
+
+    Raises:
+        ValueError: The file is torn, or of another format.
+    """
+    try:
+        return mx.load(str(path))
+    except RuntimeError as error:
+        raise ValueError(f"{path} is no whole safetensors file: {error}") from error
+
+
 def tensor_sizes(path: Path) -> dict[str, int]:
     """Tensor name -> bytes, from the header of a safetensors file."""
     with open(path, "rb") as file:

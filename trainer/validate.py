@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
-from collections.abc import Iterator
 
-from trainer.config import DataSource, Recipe
-from trainer.problems import Problem, RecipeError
+from trainer.config import Recipe
+from trainer.paths import is_local, missing_paths, named_paths
+from trainer.problems import RecipeError
 from trainer.recipe import load_recipe, to_yaml
 from trainer.rules import resolve_batch, resolve_mesh, warnings
-
-_FILE_ENDINGS = (".jsonl", ".json", ".parquet", ".csv")
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -26,7 +23,7 @@ def main(arguments: argparse.Namespace) -> int:
         raise RecipeError(missing, arguments.recipe)
     print(to_yaml(recipe))
     print("\n".join([*lines, *(f"warning: {text}" for text in warnings(recipe))]))
-    if remote := [path for _, path in _named_paths(recipe) if not is_local(path)]:
+    if remote := [path for _, path in named_paths(recipe) if not is_local(path)]:
         print(f"not looked up: {', '.join(dict.fromkeys(remote))}")
     return 0
 
@@ -48,40 +45,3 @@ def meaning(recipe: Recipe, world: int) -> list[str]:
         f"length: {length}",
         f"output: {recipe.output_dir}",
     ]
-
-
-def missing_paths(recipe: Recipe) -> list[Problem]:
-    """One problem for each local path of the recipe that does not exist."""
-    return [
-        Problem(
-            key, path, "there is no such file or folder", "a path that exists, or OWNER/NAME on Hugging Face"
-        )
-        for key, path in _named_paths(recipe)
-        if is_local(path) and not os.path.exists(os.path.expanduser(path))
-    ]
-
-
-def is_local(path: str) -> bool:
-    """Whether a path is on this machine; OWNER/NAME that does not exist here is taken for Hugging Face."""
-    if os.path.exists(os.path.expanduser(path)):
-        return True
-    looks_local = path.startswith((".", "/", "~")) or path.endswith(_FILE_ENDINGS)
-    return looks_local or path.count("/") > 1
-
-
-def _named_paths(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """Key and value of every setting that names something to read."""
-    named = {
-        "model.path": recipe.model.path,
-        "model.tokenizer": recipe.model.tokenizer,
-        "lora.init_from": recipe.lora.init_from,
-    }
-    if recipe.checkpoint.resume not in ("auto", "none"):
-        named["checkpoint.resume"] = recipe.checkpoint.resume
-    for key, sources in (("data.train", recipe.data.train), ("data.valid", recipe.data.valid)):
-        listed = sources if isinstance(sources, list) else [DataSource(path=sources or "")]
-        suffix = "[{}].path" if isinstance(sources, list) else ""
-        named |= {key + suffix.format(index): source.path for index, source in enumerate(listed)}
-    for key, path in named.items():
-        if path and not path.startswith(("bpe:", "synthetic:")):
-            yield key, path

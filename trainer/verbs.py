@@ -21,12 +21,14 @@ class Verb:
         summary: What it does, in one line.
         example: A command that shows it.
         add_arguments: Adds its arguments to a parser.
+        every_rank: The ranks of a launch share its work; else rank 0 does it alone.
     """
 
     function: str
     summary: str
     example: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
+    every_rank: bool = False
 
     def parser(self, name: str) -> argparse.ArgumentParser:
         """The parser of this verb's arguments."""
@@ -207,14 +209,16 @@ def _nothing(parser: argparse.ArgumentParser) -> None:
 
 
 def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number >= 1")
-    return number
+    return int(text)
 
 
 def _positive(text: str) -> float:
-    number = float(text)
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
     if not number > 0:
         raise argparse.ArgumentTypeError(f"{text} is not a number > 0")
     return number
@@ -226,6 +230,7 @@ VERBS = {
         "Train as the recipe says; goes on where an earlier run stopped.",
         "python -m trainer run recipes/quickstart.yaml optimizer.lr=2e-4",
         _recipe,
+        every_rank=True,
     ),
     "validate": Verb(
         "trainer.validate:main",
@@ -250,18 +255,21 @@ VERBS = {
         "Tokens per second, parts of a step, memory and MFU of a recipe on this machine.",
         "python -m trainer bench recipes/quickstart.yaml --vs mlx-lm",
         _bench,
+        every_rank=True,
     ),
     "eval": Verb(
         "trainer.evaluate:main",
         "Loss and perplexity of a run's result or of a checkpoint.",
         "python -m trainer eval runs/quickstart --split valid",
         _eval,
+        every_rank=True,
     ),
     "generate": Verb(
         "trainer.generate:main",
         "Answers of a run's result: to a prompt, for held-out rows, or to each line typed.",
         "python -m trainer generate runs/quickstart --rows 5",
         _generate,
+        every_rank=True,
     ),
     "export": Verb(
         "trainer.export:main",

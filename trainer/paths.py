@@ -1,0 +1,96 @@
+"""The paths of a recipe: which are on this machine, which are missing, and whether the output can be written.
+
+No path is opened, and nothing of MLX is imported.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from trainer.config import DataSource, Recipe
+from trainer.problems import Problem, RecipeError, nearest
+
+_FILE_ENDINGS = (".jsonl", ".json", ".parquet", ".csv")
+# What every rank reads from its own disk; a checkpoint is read by rank 0 alone.
+READ_BY_ALL = ("model", "lora", "data")
+
+
+def require_paths(recipe: Recipe, sections: Iterable[str] = READ_BY_ALL) -> None:
+    """Refuse a recipe that names files or folders which are not there.
+
+    Args:
+        recipe: a checked recipe.
+        sections: the first words of the keys to look at.
+
+    Raises:
+        RecipeError: lists every missing path.
+    """
+    wanted = tuple(sections)
+    if missing := [problem for problem in missing_paths(recipe) if problem.path.startswith(wanted)]:
+        raise RecipeError(missing)
+
+
+def missing_paths(recipe: Recipe) -> list[Problem]:
+    """One problem for each local path of the recipe that does not exist."""
+    return [
+        Problem(
+            key,
+            path,
+            "there is no such file or folder",
+            "a path that exists, or OWNER/NAME on Hugging Face",
+            nearest=_nearest_beside(path),
+        )
+        for key, path in named_paths(recipe)
+        if is_local(path) and not os.path.exists(os.path.expanduser(path))
+    ]
+
+
+def is_local(path: str) -> bool:
+    """Whether a path is on this machine; OWNER/NAME that does not exist here is taken for Hugging Face."""
+    if os.path.exists(os.path.expanduser(path)):
+        return True
+    looks_local = path.startswith((".", "/", "~")) or path.endswith(_FILE_ENDINGS)
+    return looks_local or path.count("/") > 1
+
+
+def named_paths(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Key and value of every setting that names something to read."""
+    named = {
+        "model.path": recipe.model.path,
+        "model.tokenizer": recipe.model.tokenizer,
+        "lora.init_from": recipe.lora.init_from,
+    }
+    if recipe.checkpoint.resume not in ("auto", "none"):
+        named["checkpoint.resume"] = recipe.checkpoint.resume
+    for key, sources in (("data.train", recipe.data.train), ("data.valid", recipe.data.valid)):
+        listed = sources if isinstance(sources, list) else [DataSource(path=sources or "")]
+        suffix = "[{}].path" if isinstance(sources, list) else ""
+        named |= {key + suffix.format(index): source.path for index, source in enumerate(listed)}
+    for key, path in named.items():
+        if path and not path.startswith(("bpe:", "synthetic:")):
+            yield key, path
+
+
+def require_writable(output_dir: str) -> None:
+    """Refuse an output folder that cannot be made or written; makes nothing.
+
+    Raises:
+        RecipeError: says what stands in the way.
+    """
+    folder = Path(output_dir)
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        wrong = f"{existing} is a file"
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        wrong = f"{existing} cannot be written"
+    else:
+        return
+    raise RecipeError([Problem("output_dir", output_dir, wrong, "a folder that can be made and written")])
+
+
+def _nearest_beside(path: str) -> str:
+    """The existing path that is most like a missing one, in the same folder."""
+    folder = Path(path).expanduser().parent
+    return nearest(path, (str(Path(path).parent / item.name) for item in folder.iterdir())) if folder.is_dir() else ""
