@@ -59,7 +59,7 @@ def run(words: list[str]) -> Outcome:
             return Outcome(2)
         name = words[0] if words[0] in VERBS else "run"
         arguments = VERBS[name].parser(name).parse_intermixed_args(words[1:] if words[0] in VERBS else words)
-    if _rank() and not VERBS[name].every_rank:
+    if _rank() and VERBS[name].rank_0_alone:
         return Outcome(0)
     try:
         return Outcome(VERBS[name].main(arguments))

@@ -21,14 +21,14 @@ class Verb:
         summary: What it does, in one line.
         example: A command that shows it.
         add_arguments: Adds its arguments to a parser.
-        every_rank: The ranks of a launch share its work; else rank 0 does it alone.
+        rank_0_alone: It writes files and needs no other rank, so under a launcher the others have nothing to do.
     """
 
     function: str
     summary: str
     example: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
-    every_rank: bool = False
+    rank_0_alone: bool = False
 
     def parser(self, name: str) -> argparse.ArgumentParser:
         """The parser of this verb's arguments."""
@@ -230,7 +230,6 @@ VERBS = {
         "Train as the recipe says; goes on where an earlier run stopped.",
         "python -m trainer run recipes/quickstart.yaml optimizer.lr=2e-4",
         _recipe,
-        every_rank=True,
     ),
     "validate": Verb(
         "trainer.validate:main",
@@ -255,27 +254,25 @@ VERBS = {
         "Tokens per second, parts of a step, memory and MFU of a recipe on this machine.",
         "python -m trainer bench recipes/quickstart.yaml --vs mlx-lm",
         _bench,
-        every_rank=True,
     ),
     "eval": Verb(
         "trainer.evaluate:main",
         "Loss and perplexity of a run's result or of a checkpoint.",
         "python -m trainer eval runs/quickstart --split valid",
         _eval,
-        every_rank=True,
     ),
     "generate": Verb(
         "trainer.generate:main",
         "Answers of a run's result: to a prompt, for held-out rows, or to each line typed.",
         "python -m trainer generate runs/quickstart --rows 5",
         _generate,
-        every_rank=True,
     ),
     "export": Verb(
         "trainer.export:main",
         "Write a run's result as a PEFT adapter, or fused into one model.",
         "python -m trainer export runs/qwen-9b-lora --to peft",
         _export,
+        rank_0_alone=True,
     ),
     "ls": Verb("trainer.shipped:ls", "List the recipes that come along.", "python -m trainer ls qwen", _ls),
     "cp": Verb(
@@ -283,18 +280,21 @@ VERBS = {
         "Copy a recipe that comes along, to change it.",
         "python -m trainer cp qwen-9b-lora my-recipe.yaml",
         _cp,
+        rank_0_alone=True,
     ),
     "report": Verb(
         "trainer.report:main",
         "Put runs into one HTML file: curves, speed, memory, answers, and what differs.",
         "python -m trainer report runs/quickstart --out report.html",
         _report,
+        rank_0_alone=True,
     ),
     "dashboard": Verb(
         "trainer.dashboard:main",
         "Build a W&B workspace with panels for throughput, loss, communication and memory.",
         "python -m trainer dashboard --entity me --project my-runs --dry-run workspace.json",
         _dashboard,
+        rank_0_alone=True,
     ),
     "schema": Verb(
         "trainer.schema:main",

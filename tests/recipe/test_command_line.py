@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from trainer.__main__ import main
+from trainer.device_errors import next_setting
 from trainer.recipe import load_recipe
 from trainer.shipped import recipes_folder
 from trainer.verbs import VERBS
@@ -61,6 +62,10 @@ def test_validate_prints_warnings(recipe, capsys):
         (["validate", "{recipe}", "lora.init_from=/no/such/adapter"], "lora.init_from = /no/such/adapter"),
         (["validate", "no-such-recipe.yaml"], "There is no recipe no-such-recipe.yaml"),
         (["valdate", "{recipe}"], "there is no verb valdate; did you mean validate?"),
+        (["evaluate", "runs/x"], "there is no verb evaluate; did you mean eval?"),
+        (["train", "{recipe}"], "there is no verb train; did you mean run?"),
+        (["frobnicate"], "frobnicate is neither a recipe file nor a verb; verbs are run, "),
+        (["quickstart"], "quickstart is a recipe that comes along; give its file: "),
         (["cp", "qwen-lora"], "did you mean qwen-9b-lora?"),
         (["ls", "nothing-like-it"], "nothing-like-it"),
     ],
@@ -96,6 +101,73 @@ def test_recipe_problems_are_listed_by_rank_0_only(recipe, capsys, monkeypatch):
     assert "seed = x: not allowed" in capsys.readouterr().err
 
 
+def test_words_that_every_rank_got_are_corrected_by_rank_0_only(capsys, monkeypatch):
+    """The usage text once per rank, or an exit code that differs between ranks."""
+    monkeypatch.setenv("MLX_RANK", "1")
+    assert main(["exprot", "runs/x"]) == 2
+    with pytest.raises(SystemExit) as caught:
+        main(["run", "my.yaml", "--nope"])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_files_are_written_by_rank_0_only(tmp_path, monkeypatch):
+    """Two ranks that write the same export, each into the other's unfinished folder."""
+    monkeypatch.setenv("MLX_RANK", "1")
+    assert main(["cp", "quickstart", str(tmp_path)]) == 0
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "text, code, shown",
+    [
+        (
+            "[METAL] Command buffer execution failed: Insufficient Memory (00000008:kIOGPUCommandBuffer"
+            "CallbackErrorOutOfMemory)",
+            2,
+            "Next: batch_size_per_device=2 grad_accumulation_steps=2",
+        ),
+        ("[malloc] Unable to allocate 9000000000 bytes.", 2, "Next: batch_size_per_device=2"),
+        ("[metal::malloc] Resource limit (499000) exceeded.", 2, "Next: limits.cache_gib=2"),
+        (
+            "[METAL] Command buffer execution failed: Caused GPU Timeout Error (00000002:kIOGPUCommandBuffer"
+            "CallbackErrorTimeout)",
+            1,
+            "a rank waited for a late one",
+        ),
+        ("[matmul] shapes do not fit", 1, "Traceback"),
+    ],
+)
+def test_errors_of_the_device_name_the_next_setting(recipe, capsys, monkeypatch, text, code, shown):
+    """Metal's own words, after which a newcomer does not know what to change; or advice for another error."""
+
+    def fail(arguments):
+        raise RuntimeError(text)
+
+    monkeypatch.setattr("trainer.validate.main", fail)
+    assert main(["validate", recipe, "batch_size_per_device=4"]) == code
+    err = capsys.readouterr().err
+    assert shown in err and ("Traceback" in err) == (shown == "Traceback")
+
+
+def test_memory_is_saved_by_the_cheapest_setting_first(recipe):
+    """Advice that was followed already, or that changes the global batch."""
+    lora, small = ["batch_size_per_device=1", "gradient_checkpointing=true"], ["model.quantize={bits: 4}"]
+    cases = [
+        (["batch_size_per_device=6"], "batch_size_per_device=3 grad_accumulation_steps=2 (the global batch stays)"),
+        (["batch_size_per_device=3"], "batch_size_per_device=1 grad_accumulation_steps=3 (the global batch stays)"),
+        (["batch_size_per_device=4", "global_batch_size=4"], "batch_size_per_device=2 (the global batch stays)"),
+        (["batch_size_per_device=1"], "gradient_checkpointing=true"),
+        ([*lora, "method=full"], "method=lora"),
+        (lora, "model.quantize="),
+        ([*lora, *small, "data.max_seq_len=1024"], "data.max_seq_len=512"),
+        ([*lora, *small, "data.max_seq_len=256"], "more ranks"),
+    ]
+    for overrides, advice in cases:
+        found = next_setting(load_recipe(recipe, overrides))
+        assert found.startswith(advice), f"{overrides}: {found}"
+
+
 @pytest.mark.parametrize(
     "error, code, shown",
     [
@@ -106,6 +178,7 @@ def test_recipe_problems_are_listed_by_rank_0_only(recipe, capsys, monkeypatch):
             "error: No such file or directory: x.json",
         ),
         (OSError(28, "No space left on device", "out"), 1, "error: No space left on device: out"),
+        (IsADirectoryError(21, "Is a directory", "out"), 2, "error: Is a directory: out"),
         (RuntimeError("our mistake"), 1, "Traceback"),
         (KeyboardInterrupt(), 130, ""),
     ],

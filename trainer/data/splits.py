@@ -176,7 +176,7 @@ class _Reader:
     def _tell(self, store: TokenStore, name: str) -> None:
         if len(store) == 0:
             lost = f"{store.skipped} unreadable, {store.dropped} without a target in {self.data.max_seq_len} tokens"
-            raise ValueError(f"{name} has no rows{f' to use ({lost})' if store.skipped or store.dropped else ''}.")
+            raise ValueError(f"{name} has no rows to use{f' ({lost})' if store.skipped or store.dropped else ''}.")
         if store.skipped:
             self.notice(f"{name}: {store.skipped} rows could not be read and were skipped")
         if store.truncated:
