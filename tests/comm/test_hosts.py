@@ -1,16 +1,22 @@
 """Hostfiles, the doctor's judgement and the environment of a backend, without processes."""
 
+import ipaddress
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from mlx._distributed_utils.common import Hostfile
 
 import comm
+from comm.__main__ import main as command_line
 from comm.doctor import judge
 from comm.environment import missing_variables, ring_hosts
 from comm.hostfile import Host, HostList, read_hostfile
+from comm.launch import Job, make_orders
 from comm.probe import mac_addresses, mac_ports, probe, rdma_devices
+
+HOSTFILES = Path(__file__).parents[2] / "recipes" / "hostfiles"
 
 
 def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
@@ -46,13 +52,44 @@ def test_both_forms_of_a_hostfile(tmp_path: Path) -> None:
     assert read_hostfile(str(full)).variables == (("A", "1=2"),)
 
 
-@pytest.mark.parametrize("content", ["{", '{"hosts": 3}', "[]", '[{"ips": []}]'])
+@pytest.mark.filterwarnings("ignore:.*FileIO:ResourceWarning")  # MLX's reader leaves the file open
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(
+    ("name", "backend", "count"), [("ring-2", "ring", 2), ("ring-4", "ring", 4), ("jaccl-4", "jaccl", 4)]
+)
+def test_hostfiles_that_come_along(name: str, backend: str, count: int) -> None:
+    """Catches an example that our launcher or MLX's would refuse, or that nobody lists here."""
+    assert {path.stem for path in HOSTFILES.iterdir()} == {"ring-2", "ring-4", "jaccl-4"}
+    path = HOSTFILES / f"{name}.json"
+    hosts = read_hostfile(str(path))
+    assert (hosts.backend, len(hosts.hosts)) == (backend, count)
+    theirs = Hostfile.from_file(str(path))
+    assert [host.ssh_hostname for host in theirs.hosts] == [host.ssh for host in hosts.hosts]
+    assert all(host.ips and ipaddress.ip_address(host.ips[0]).is_private for host in hosts.hosts)
+    greetings = [{"ring": [f"{host.ips[0]}:1"], "control": "127.0.0.1:1", "extra": ["127.0.0.1:2"]} for host in hosts.hosts]
+    orders = make_orders(Job(("true",), hosts, hosts.backend), greetings, "secret")
+    assert ("MLX_IBV_DEVICES" in orders[0]["files"]) == (backend == "jaccl")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        '{"hosts": 3}',
+        "[]",
+        '[{"ips": []}]',
+        '[{"ssh": "a", "ips": "10.0.0.1"}]',
+        '[{"ssh": "a", "rdma": 5}]',
+        '{"hosts": [{"ssh": "a"}], "envs": 5}',
+    ],
+)
 def test_a_file_that_is_no_hostfile(tmp_path: Path, content: str) -> None:
     """Catches a stack trace where the user needs a sentence."""
     path = tmp_path / "hosts.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match="hosts.json"):
+    with pytest.raises(ValueError, match="hosts.json") as error:
         read_hostfile(str(path))
+    assert len(str(error.value).splitlines()) == 1, "one mistake, several complaints"
 
 
 def mac(**changes: Any) -> dict[str, Any]:
@@ -145,3 +182,31 @@ def test_an_empty_ring_hostfile_means_one_rank(tmp_path: Path) -> None:
     path = tmp_path / "hosts"
     path.write_text("")
     assert ring_hosts({"MLX_HOSTFILE": str(path), "MLX_RANK": "0"}) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["launch", "-n", "2", "python", "x.py"], "the program goes after --"),
+        (["launch", "-n", "two", "--", "true"], "two is not a whole number >= 1"),
+        (["launch", "--max-restarts", "-1", "--", "true"], "-1 is not a whole number >= 0"),
+        (["launch", "--hostfile", "none.json", "--", "true"], "none.json cannot be read: No such file"),
+        (["lanch"], "invalid choice: 'lanch'"),
+        (["bench", "--plot", "/no/such/folder/x.png"], "--plot"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_sentence(words: list[str], message: str, capsys: Any) -> None:
+    """Catches a stack trace, or exit code 1, for what the user wrote."""
+    with pytest.raises(SystemExit) as caught:
+        command_line(words)
+    assert caught.value.code == 2
+    err = capsys.readouterr().err
+    assert message in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("verb", ["launch", "bench", "doctor"])
+def test_every_verb_has_help_with_an_example(verb: str, capsys: Any) -> None:
+    """Catches a verb whose use a newcomer has to guess."""
+    with pytest.raises(SystemExit) as caught:
+        command_line([verb, "--help"])
+    assert caught.value.code == 0 and f"python -m comm {verb}" in capsys.readouterr().out.partition("example: ")[2]
