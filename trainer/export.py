@@ -26,13 +26,15 @@ from trainer.loading import BaseModel, materialize, open_model, open_tokenizer, 
 from trainer.lora import DropoutKeys, LoRASpec
 from trainer.output import write_model
 from trainer.peft import TEXT_CLASS_TYPES, adapter_config, adapter_tensors
+from trainer.problems import USER_ERRORS
 from trainer.result import load_result, recipe_of
-from trainer.storage import atomic_folder, write_json
+from trainer.storage import atomic_folder, explain, write_json
 from trainer.tensor_files import write_tensor_file
 
 PROBE_SHAPE = (2, 32)  # rows and tokens on which a fused model is compared
 FLOAT32_TOLERANCE = 1e-4  # of the logits' spread
 HALF_TOLERANCE = 1e-1  # rounding the fused weights to 16 bits moves logits by 2e-2 in a small model
+_NOTHING_TO_FUSE = "Full fine-tuning trains the weights themselves: this is the run's model, with nothing to fuse."
 
 
 @dataclass
@@ -71,10 +73,16 @@ def main(arguments: argparse.Namespace) -> int:
     _check_replaceable(folder)
     load_fast_blas()
     run = open_run(arguments.target, recipe)
-    if arguments.to == "peft":
-        notes = export_peft(run, folder, base_model=arguments.base_model, multimodal=arguments.multimodal)
-    else:
-        notes = export_fused(run, folder, requantize=arguments.requantize)
+    try:
+        if arguments.to == "peft":
+            notes = export_peft(run, folder, base_model=arguments.base_model, multimodal=arguments.multimodal)
+        else:
+            notes = export_fused(run, folder, requantize=arguments.requantize)
+    except OSError as error:
+        if isinstance(error, USER_ERRORS):
+            raise
+        reason = explain(error, folder)
+        raise OSError(f"{str(folder)!r} could not be written: {reason}. What was there before is untouched.") from error
     for note in notes:
         print(note)
     print(f"Done: {folder}")
@@ -171,7 +179,7 @@ def export_fused(run: OpenedRun, folder: Path, *, requantize: bool) -> list[str]
         difference = relative_difference(_logits(written, probe), expected)
         if not rounds:
             _check_difference(difference, dtype, folder)
-        notes = [_comparison(difference, is_quantized, rounds, dtype)]
+        notes = [_comparison(difference, is_quantized, rounds, dtype) if run.adapter else _NOTHING_TO_FUSE]
         metrics = Path(run.recipe.output_dir) / "metrics.jsonl"
         card = model_card(run.recipe, "mlx-lm", metrics, model_class="", base=run.base_name, notes=notes)
         (staging / "README.md").write_text(card, encoding="utf-8")

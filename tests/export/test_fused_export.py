@@ -1,6 +1,8 @@
 """Models written by `export --to fused`, opened by mlx-lm and compared with base + adapter."""
 
 import json
+import resource
+import signal
 
 import mlx.core as mx
 import pytest
@@ -74,3 +76,24 @@ def test_full_run_is_written_as_it_is(tmp_path):
     checkpoint = run / "checkpoints" / "step-0000003"
     assert export(checkpoint, "--to", "fused", "--output", str(tmp_path / "three")) == 0, "export failed"
     assert mx.array_equal(model_logits(tmp_path / "three"), model_logits(run / "model")).item(), "values differ"
+    assert "nothing to fuse" in (tmp_path / "three" / "README.md").read_text(), "the card speaks of an adapter"
+
+
+@pytest.mark.parametrize("kind", ["peft", "fused"])
+def test_a_full_disk_leaves_the_older_export(tmp_path, capsys, kind):
+    """Catches a half-written export in place of a good one, or an error that does not say what ran out."""
+    run = train_run(tmp_path, "llama", "lora")
+    assert export(run, "--to", kind) == 0, "export failed"
+    before = {path.name: path.read_bytes() for path in (run / kind).iterdir()}
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing then fails with EFBIG, like a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, hard))
+    try:
+        code = export(run, "--to", kind)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    err = capsys.readouterr().err
+    assert code == 1 and "could not be written: File too large" in err and "is untouched" in err, err
+    assert {path.name: path.read_bytes() for path in (run / kind).iterdir()} == before, "the older export changed"
+    assert sorted(path.name for path in run.glob(f"{kind}*")) == [kind], "something was left beside it"
