@@ -1,7 +1,6 @@
 """`python -m trainer eval`: loss and perplexity of a run's result or of a checkpoint."""
 
 import argparse
-import sys
 
 import comm
 from trainer.agreement import end_on_interrupt
