@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from trainer.paths import require_paths
 from trainer.preview import Document, Preview, preview, visible
 from trainer.preview_page import preview_page
 from trainer.recipe import load_recipe
@@ -24,6 +25,7 @@ BAR_WIDTH = 40
 def main(arguments: argparse.Namespace) -> int:
     """Show the rows of `arguments.recipe`; returns 0."""
     recipe = load_recipe(arguments.recipe, arguments.overrides)
+    require_paths(recipe, ("model", "data"))
     title = Path(arguments.recipe).stem
     shown = preview(recipe, title, arguments.split, arguments.rows, arguments.world)
     if arguments.html is None:

@@ -242,6 +242,7 @@ VERBS = {
         "What the model will see: tokenised rows, learned tokens in colour, packing and padding, lengths.",
         "python -m trainer data recipes/quickstart.yaml --rows 4 --html data.html",
         _data,
+        rank_0_alone=True,
     ),
     "plan": Verb(
         "trainer.plan:main",
