@@ -61,8 +61,6 @@ def _best(side: str, arguments: argparse.Namespace) -> Measurement:
         if done.returncode == WRONG_INPUT:
             raise ValueError(done.stderr.partition("error: ")[2].strip())
         lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
-        if done.returncode == 2:
-            raise ValueError(done.stderr.strip().removeprefix("error: "))
         if done.returncode or not lines:
             raise RuntimeError(f"the {side} side failed with exit code {done.returncode}:\n{done.stdout}{done.stderr}")
         found.append(Measurement(**json.loads(lines[-1].removeprefix(MARK))))
