@@ -1,8 +1,8 @@
 """`python -m trainer bench`: how fast a recipe trains here, and `--vs mlx-lm` how fast mlx-lm does the same.
 
 Each side runs in a process of its own, one after the other, so that neither's memory nor caches count for the
-other. Both get the recipe's weights, rows, batch size and adapters, the same BLAS and the same environment. Nothing
-of the recipe's output is written.
+other. Both get the recipe's weights, rows, batch size and adapters, the same BLAS and the same environment. Of the
+recipe's output only `baseline.json` is written, with which a run on several devices shows its scaling efficiency.
 """
 
 import argparse
@@ -36,6 +36,8 @@ def main(arguments: argparse.Namespace) -> int:
     else:
         _require_one_process()
         found = [_best(side, arguments) for side in (SIDES[0], arguments.vs)]
+    if found and found[0].facts is not None and not arguments.synthetic:
+        _record(Path(recipe.output_dir), found[0])
     if found:
         print(json.dumps([asdict(m) for m in found], indent=2) if arguments.json else table(found), flush=True)
     return 0
@@ -47,6 +49,16 @@ def _require_one_process() -> None:
     size = comm.init().size
     if size > 1:
         raise ValueError(f"--vs compares single processes, but {size} ranks were started; run it without a launcher.")
+
+
+def _record(output_dir: Path, measured: Measurement) -> None:
+    from trainer.baseline import write_baseline
+
+    try:
+        path = write_baseline(output_dir, measured.facts or {}, measured.tokens_per_sec, "bench")
+        print(f"{path}: one device's tokens/s, for the scaling efficiency of several", file=sys.stderr)
+    except OSError as error:
+        print(f"{output_dir}: the baseline could not be written: {error.strerror}", file=sys.stderr)
 
 
 def _best(side: str, arguments: argparse.Namespace) -> Measurement:

@@ -1,6 +1,7 @@
 """What `python -m trainer bench` measures, and how it is shown."""
 
 from dataclasses import dataclass
+from typing import Any
 
 SIDES = ("mlx-trainer", "mlx-lm")
 
@@ -17,6 +18,7 @@ class Measurement:
         peak_gib: peak memory after the model was loaded, the model included.
         mfu_pct: model FLOPs utilisation, on chips whose peak is known.
         loss: mean training loss of the timed steps.
+        facts: what a baseline for several devices depends on; from a measurement on one device.
     """
 
     side: str
@@ -29,6 +31,7 @@ class Measurement:
     compute_s: float | None = None
     optimizer_s: float | None = None
     mfu_pct: float | None = None
+    facts: dict[str, Any] | None = None
 
     @property
     def tokens_per_step(self) -> float:

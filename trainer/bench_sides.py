@@ -16,6 +16,7 @@ from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import comm
+from trainer.baseline import baseline_facts
 from trainer.bench_figures import SIDES, Measurement
 from trainer.build import Parts, build
 from trainer.config import Recipe
@@ -53,6 +54,7 @@ def measure_trainer(recipe: Recipe, warmup: int, steps: int) -> Measurement | No
         compute_s=mean("time/compute_s"),
         optimizer_s=mean("time/optimizer_s"),
         mfu_pct=mean("throughput/mfu_pct") if "throughput/mfu_pct" in timed[0] else None,
+        facts=baseline_facts(parts) if world.size == 1 else None,
     )
 
 

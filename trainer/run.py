@@ -18,6 +18,7 @@ from parallel.layout import model_layout
 from parallel.wrapper import parallel_state
 from trainer import resume
 from trainer.agreement import require_same, together
+from trainer.baseline import BaselineSink, baseline_facts, read_baseline
 from trainer.blas import blas_hint
 from trainer.build import Parts, build
 from trainer.checkpoint import CheckpointFolder
@@ -140,10 +141,20 @@ def make_loop(parts: Parts, hooks: Hooks, rules: StopRules) -> Loop:
         due=Due(recipe.logging.every, recipe.eval.every, recipe.checkpoint.every),
         hooks=hooks,
         throughput=Throughput(
-            parts.world.size, flops_per_token=parts.flops_per_token, peak_tflops=peak_tflops()
+            parts.world.size,
+            flops_per_token=parts.flops_per_token,
+            peak_tflops=peak_tflops(),
+            baseline_tokens_per_sec=_baseline(parts),
         ),
         rules=rules,
     )
+
+
+def _baseline(parts: Parts) -> float | None:
+    """Tokens per second of one device, for rank 0's rows of a run on several."""
+    if parts.world.rank != 0 or parts.world.size == 1:
+        return None
+    return read_baseline(Path(parts.recipe.output_dir), baseline_facts(parts))
 
 
 def _end(
@@ -232,7 +243,8 @@ def _open_metrics(parts: Parts, output_dir: Path | None, step: int) -> Metrics:
     terminal = TerminalSink(parts.total_steps, step)
     rows = JsonlSink(output_dir / "metrics.jsonl", step or None, notice=terminal.message)
     wandb = _open_wandb(recipe, output_dir, step, terminal.message)
-    return Metrics([rows, terminal, *([wandb] if wandb else [])], rows.kept)
+    baseline = BaselineSink(output_dir, baseline_facts(parts)) if world.size == 1 else None
+    return Metrics([rows, terminal, *filter(None, (wandb, baseline))], rows.kept)
 
 
 def _open_wandb(recipe: Recipe, output_dir: Path, step: int, notice: Callable[[str], None]) -> WandbSink | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from trainer.__main__ import main
-from trainer.dashboard import SECTIONS
+from trainer.dashboard import SECTIONS, build_workspace
 from trainer.metrics import METRIC_KEYS, STEP_KEY
 
 
@@ -20,8 +20,8 @@ def test_every_metric_has_a_panel() -> None:
 # wandb-workspaces itself uses what pydantic has deprecated.
 @pytest.mark.filterwarnings("ignore:Pydantic V1 style:DeprecationWarning")
 def test_dry_run_writes_the_definition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A definition without panels or on W&B's own step axis; a dry run that talks to W&B."""
-    pytest.importorskip("wandb_workspaces", reason="the extra 'report' is not installed")
+    """A definition without panels or on W&B's own step axis, that W&B would refuse; a dry run that talks to W&B."""
+    workspaces = pytest.importorskip("wandb_workspaces.workspaces", reason="the extra 'report' is not installed")
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     target = tmp_path / "new" / "workspace.json"
     assert main(["dashboard", "--entity", "me", "--project", "runs", "--dry-run", str(target)]) == 0
@@ -29,6 +29,10 @@ def test_dry_run_writes_the_definition(tmp_path: Path, monkeypatch: pytest.Monke
     assert (written["entity"], written["project"]) == ("me", "runs")
     sections = written["spec"]["section"]["panelBankConfig"]["sections"]
     assert [section["name"] for section in sections] == list(SECTIONS)
+    model = type(build_workspace("me", "runs")._to_model())
+    read_back = workspaces.Workspace._from_model(model.model_validate(written))
+    titles = {section.name: [panel.title for panel in section.panels] for section in read_back.sections}
+    assert titles == {name: [title for title, _, _ in plots] for name, plots in SECTIONS.items()}
     configs = [panel["config"] for section in sections for panel in section["panels"]]
     assert {config["xAxis"] for config in configs} == {STEP_KEY}
     assert ["memory/peak_gib", "memory/active_gib", "memory/cache_gib"] in [config["metrics"] for config in configs]

@@ -12,6 +12,7 @@ from tiny_recipes import run_apart, tiny_recipe, write_rows
 
 import comm
 from trainer import limits, run
+from trainer.baseline import read_baseline, write_baseline
 from trainer.checkpoint import open_checkpoint
 from trainer.config import LimitsConfig
 from trainer.export import open_run
@@ -191,7 +192,10 @@ def check_trace(folder, num_ranks, steps):
 
 
 def test_two_ranks_act_on_requests_together(rows, tmp_path):
-    """Catches ranks of which one saves, traces or gives up while the other goes on, and waits for ever."""
+    """Catches ranks of which one saves, traces or gives up while the other goes on, and waits for ever; and a baseline
+    of one device that several devices do not find."""
+    assert train(tiny_recipe(rows, tmp_path / "one"), comm.solo(), Stop(), []) == 0
+    (tmp_path / "one" / "baseline.json").rename(tmp_path / "baseline.json")
     (tmp_path / "checkpoint.now").touch()
     changes = {"limits": {"loss_watchdog": 0.01}, "profile": {"start": 2, "steps": 5}}
     results = run_apart(tiny_recipe(rows, tmp_path, **changes), 2, check=False)
@@ -199,6 +203,43 @@ def test_two_ranks_act_on_requests_together(rows, tmp_path):
     assert "".join(result.stderr for result in results).count("error:") == 1
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-0000001", "step-0000003"]
     check_trace(tmp_path, num_ranks=2, steps=[2, 3])
+    (baseline,) = json.loads((tmp_path / "baseline.json").read_text()).values()
+    for row in read_rows(tmp_path / "metrics.jsonl")[:3]:
+        expected = 100 * row["throughput/tokens_per_sec_per_device"] / baseline["tokens_per_sec"]
+        assert row["throughput/scaling_efficiency_pct"] == pytest.approx(expected)
+
+
+def test_baseline_is_of_the_same_recipe(tmp_path):
+    """Catches an efficiency against another model's or batch's speed, and a run that replaces a careful measurement."""
+    facts, other = {"model": "a", "batch": 4}, {"model": "a", "batch": 8}
+    assert read_baseline(tmp_path / "none", facts) is None
+    write_baseline(tmp_path / "new", facts, 100.0, "run")
+    write_baseline(tmp_path / "new", facts, 200.0, "bench")
+    write_baseline(tmp_path / "new", facts, 150.0, "run")
+    assert read_baseline(tmp_path / "new", facts) == 200.0
+    assert read_baseline(tmp_path / "new", other) is None
+    write_baseline(tmp_path / "new", other, 50.0, "run")
+    assert (read_baseline(tmp_path / "new", facts), read_baseline(tmp_path / "new", other)) == (200.0, 50.0)
+
+
+def test_unwritable_wandb_folder_is_a_notice(rows, tmp_path, capsys, monkeypatch):
+    """Catches a run that does not start because W&B cannot."""
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    (tmp_path / "wandb").write_text("in the way")
+    settings = tiny_recipe(rows, tmp_path, max_steps=1, logging={"wandb": {"project": "p", "mode": "offline"}})
+    assert train(settings, comm.solo(), Stop(), []) == 0
+    assert "W&B is off: File exists" in capsys.readouterr().out
+
+
+def test_texts_are_continued_at_every_validation(rows, tmp_path):
+    """Catches samples that plain text never gets, or that are of other rows each time."""
+    shape = {"data": {"val_fraction": 0.2}, "eval": {"every": 1, "generate": 2, "max_new_tokens": 4}, "max_steps": 2}
+    assert train(tiny_recipe(rows, tmp_path, **shape), comm.solo(), Stop(), []) == 0
+    lines = read_rows(tmp_path / "samples.jsonl")
+    assert [line["train/global_step"] for line in lines] == [0, 1, 2]
+    prompts = [[sample["prompt"] for sample in line["samples"]] for line in lines]
+    assert len(prompts[0]) == 2 and prompts[0] == prompts[1] == prompts[2]
+    assert all(sample["expected"] is None for line in lines for sample in line["samples"])
 
 
 def test_large_cache_is_given_back(monkeypatch):
