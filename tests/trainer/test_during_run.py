@@ -72,7 +72,8 @@ def content(folder):
     """Every file's bytes, but those that hold times or the folder's name."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     named = {str(path.relative_to(folder)): path.read_bytes() for path in files}
-    return {name: data for name, data in named.items() if name not in ("metrics.jsonl", "recipe.yaml")}
+    measured = ("metrics.jsonl", "baseline.json", "recipe.yaml")
+    return {name: data for name, data in named.items() if name not in measured}
 
 
 def equal(left, right):
