@@ -62,7 +62,7 @@ def value_and_grad(model: nn.Module, loss_fn: LossFn, *, compile_local: bool = F
         compile_local: trace forward and backward of a micro-batch once per shape with `mx.compile`. `loss_fn` then
             cannot read values (`.item()`), and the model's flags are those of the first call. Summing over
             micro-batches and ranks stays outside. No effect under TensorParallel, PipelineParallel and
-            FullyShardedDataParallel on several ranks, whose messages lie inside. Default: False.
+            FullyShardedDataParallel, whose messages lie inside. Default: False.
 
     Returns:
         `step`: takes this rank's micro-batches, each `{"tokens": (B, L) int32, "mask": (B, L) bool,

@@ -13,13 +13,13 @@ import mlx.nn as nn
 
 from parallel.wrapper import ParallelState
 
-# Axes whose collectives lie inside the forward and backward pass.
-_INNER_AXES = ("dp_shard", "pp", "tp")
+# Axes whose wrappers send messages, or evaluate, inside the forward and backward pass.
+_INNER_AXES = frozenset(("dp_shard", "pp", "tp"))
 
 
 def is_compilable(state: ParallelState) -> bool:
-    """Whether no message passes inside the local part of the step: no rank but this one computes a micro-batch."""
-    return not any(axis in state.groups and state.groups[axis].size > 1 for axis in _INNER_AXES)
+    """Whether the local part of the step is nothing but computation: no wrapper but DataParallel is on the model."""
+    return _INNER_AXES.isdisjoint(state.groups)
 
 
 def compiled(model: nn.Module, loss_and_grad: Callable[[nn.Module, Any], Any]) -> Callable[[nn.Module, Any], Any]:

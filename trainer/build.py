@@ -56,8 +56,8 @@ class Parts:
         flops_per_token: operations of one token, forward and backward, of the whole model.
         mesh: a group per axis, and the data-parallel ranks together.
         batch_dp: data-parallel ranks for which the recipe as written gives this global batch.
-        compile_step: compile the local part of a step. Default: on a GPU; on a CPU MLX would run a C++ compiler for
-            every kernel.
+        compile_step: compile the local part of a step. Default: on a GPU, where `MLX_DISABLE_COMPILE=1` turns it off;
+            on a CPU MLX would run a C++ compiler for every kernel.
     """
 
     recipe: Recipe

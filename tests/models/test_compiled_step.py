@@ -11,7 +11,8 @@ from compile_mode import WITH_FUSION, WITHOUT_FUSION, compiling
 from mlx.utils import tree_flatten
 from tiny import make
 
-from parallel import value_and_grad
+import comm
+from parallel import FullyShardedDataParallel, TensorParallel, value_and_grad
 from trainer.lora import DropoutKeys, LoRASpec, attach, find_targets
 from trainer.loss import TokenLoss
 from trainer.models.checkpointing import checkpoint_layers
@@ -119,6 +120,18 @@ def test_traced_once_per_shape(compiling_on):
         model.load_weights(list(update.items()), strict=False)
         mx.eval(model.parameters())
         assert counted.count == len(set(lengths[: seed + 1]))
+
+
+@pytest.mark.parametrize("wrapper", [FullyShardedDataParallel, TensorParallel])
+def test_messages_stay_out_of_traces(wrapper):
+    """Catches a compiled step under a wrapper that communicates, or evaluates, inside it."""
+    model, loss = build("qwen3", "full")
+    counted = Counted(loss)
+    with compiling():
+        step = value_and_grad(wrapper(model, comm.solo()), counted, compile_local=True)
+        for _ in range(2):
+            mx.eval(step([batch_of(0)]))
+    assert counted.count == 2
 
 
 def test_no_array_is_caught_in_a_trace(compiling_on):

@@ -112,17 +112,22 @@ def test_checkpointing_trains_every_parameter():
     assert_same(loss_and_grads(model, tokens), want, 1e-6)
 
 
-def test_checkpointing_saves_memory():
-    """Catches a checkpoint that keeps what it should compute again."""
+@pytest.mark.parametrize("packed", [False, True])
+def test_checkpointing_saves_memory(packed):
+    """Catches a checkpoint that keeps what it should compute again, and masks of packed rows made ahead for all
+    layers.
+    """
+    segments = mx.arange(256)[None] // 100 + mx.zeros((4, 1), mx.int32)
 
     def peak(every):
         model = prepare_for_training(make("llama", num_hidden_layers=8))
         checkpoint_layers(model.layers, every)
         tokens = mx.random.randint(0, 64, (4, 256))
+        cache = model.segment_cache(segments) if packed else None
         mx.eval(tokens)
         before = mx.get_active_memory()
         mx.reset_peak_memory()
-        loss_and_grads(model, tokens)
+        loss_and_grads(model, tokens, cache)
         return mx.get_peak_memory() - before
 
     assert peak(True) < 0.5 * peak(False)
