@@ -22,8 +22,8 @@ def hidden_comm(error: ImportError) -> ImportError:
         return error
     found = getattr(comm, "__file__", None) or ", ".join(comm.__path__)
     return ImportError(
-        f"The package `comm` that Python finds ({found}) is not {DISTRIBUTION}'s but Jupyter's, installed or removed "
-        f"later; this command mends it, and both then work: {install_command()}"
+        f"The package `comm` that Python finds ({found}) lacks {DISTRIBUTION}'s names, since Jupyter's package of that "
+        f"name was installed or removed later; this command mends it, for both: {install_command()}"
     )
 
 

@@ -70,7 +70,8 @@ def _documents(console: Console, documents: Sequence[Document], has_color: bool)
 
 def document_text(document: Document, has_color: bool) -> Text:
     """A row's first tokens, behind its number."""
-    text = Text(f"  row {document.row}, {document.num_tokens} tokens, {document.num_targets} learned: ", NOTE)
+    head = f"  row {document.row}, {document.num_tokens} tokens, {document.num_targets} learned: "
+    text = Text().append(head, NOTE)
     inside = False
     for piece in document.pieces[:MAX_PIECES]:
         if piece.is_target != inside and not has_color:
@@ -87,7 +88,7 @@ def document_text(document: Document, has_color: bool) -> Text:
 def _histogram(bins: Sequence[tuple[int, int, int]]) -> Text:
     most = max(count for _, _, count in bins)
     width = len(f"{bins[-1][0]}-{bins[-1][1]}")
-    text = Text("\nTokens per row\n", "bold")
+    text = Text().append("\nTokens per row\n", "bold")
     for low, high, count in bins:
         bar = "█" * round(BAR_WIDTH * count / most) or ("▏" if count else "")
         text.append(f"  {f'{low}-{high}':>{width}}  ").append(bar, "blue").append(f" {count:,}\n")

@@ -13,7 +13,7 @@ from rich.console import Console
 from comm import solo
 from trainer.__main__ import main
 from trainer.build import open_parts
-from trainer.data_verb import show
+from trainer.data_verb import LEARNED, OTHER, document_text, show
 from trainer.preview import Preview, preview
 from trainer.recipe import recipe_from
 from trainer.rules import resolve_mesh
@@ -117,6 +117,14 @@ def test_terminal_without_colour_marks_what_is_learned(tmp_path):
     show(shown(tmp_path, [{"messages": CHAT}], max_seq_len=400), console)
     text = console.export_text()
     assert "⟦Hello, é世界 😀!<|endoftext|>⟧" in text and "\x1b" not in text and "\\x1b[31m" in text
+
+
+def test_terminal_with_colour(tmp_path):
+    """Learned tokens in the colour of the others."""
+    found = shown(tmp_path, [{"prompt": "ab", "completion": "c"}])
+    text = document_text(found.lines[0].documents[0], has_color=True)
+    styles = {text.plain[span.start : span.end]: str(span.style) for span in text.spans}
+    assert styles["a"] == styles["b"] == OTHER and styles["c"] == LEARNED and text.style == ""
 
 
 def test_html_shows_rows_and_runs_none(tmp_path, capsys):
