@@ -111,25 +111,26 @@ def _network(host: Host, report: Mapping[str, Any]) -> list[Finding]:
     has_thunderbolt = any(_is_cable(one["kind"]) for one in interfaces.values())
     for ip in host.ips:
         owner = next((name for name, one in interfaces.items() if ip in one["ips"]), None)
-        if owner is None:
+        if owner is None and ip in report["unusable_ips"]:
             text = f"{host.ssh} has no address {ip}. Correct the hostfile or set the address."
             findings.append(Finding("fail", text))
             continue
-        kind = interfaces[owner]["kind"]
+        # A host that opens ports on it has the address, whatever its tools list.
+        kind = interfaces[owner]["kind"] if owner else ""
         if ip in report["unusable_ips"]:
             text = f"{host.ssh} cannot open a port on {ip}. Check its firewall."
             findings.append(Finding("fail", text))
         elif kind == "Wi-Fi":
             text = f"{host.ssh}: {ip} is on Wi-Fi ({owner}). Use a cable's address for the ring."
             findings.append(Finding("warn", text))
-        elif has_thunderbolt and not _is_cable(kind):
+        elif has_thunderbolt and owner and not _is_cable(kind):
             text = (
                 f"{host.ssh}: {ip} is on {kind or 'the LAN'} ({owner}) though it has Thunderbolt. "
                 "Use the Thunderbolt addresses for the ring."
             )
             findings.append(Finding("warn", text))
         else:
-            findings.append(Finding("pass", f"{host.ssh}: {ip} on {kind or owner}, ports are free"))
+            findings.append(Finding("pass", f"{host.ssh}: {ip} on {kind or owner or 'an unlisted interface'}, ports are free"))
     return findings
 
 

@@ -118,7 +118,9 @@ def test_the_doctor_names_what_is_wrong() -> None:
     assert judged(good, mac(), "fail") == judged(good, mac(), "warn") == ""
     assert "Wi-Fi" in judged(Host("a", ("192.168.1.5",)), mac(), "warn")
     assert "though it has Thunderbolt" in judged(Host("a", ("192.168.2.5",)), mac(), "warn")
-    assert "no address 10.1.1.1" in judged(Host("a", ("10.1.1.1",)), mac(), "fail")
+    elsewhere = Host("a", ("10.1.1.1",))
+    assert "no address 10.1.1.1" in judged(elsewhere, mac(unusable_ips=["10.1.1.1"]), "fail")
+    assert "10.1.1.1 on an unlisted interface" in judged(elsewhere, mac(), "pass")
     assert "no RDMA device rdma_en9" in judged(Host("a", (), (None, "rdma_en9")), mac(), "fail")
     assert "PORT_DOWN" in judged(Host("a", (), (None, "rdma_en4")), mac(), "fail")
     assert "bridge is on" in judged(good, mac(bridge=True), "fail")
