@@ -104,7 +104,7 @@ def _report(error: Exception, arguments: argparse.Namespace) -> Outcome:
     rank, told = _rank(), translated(error, arguments)
     code = 2 if isinstance(told, USER_ERRORS) else 1
     # A rank that lost another one has nothing to tell: the watchdog names the one that is gone.
-    is_lost_peer = "comm" in sys.modules and sys.modules["comm"].is_lost_peer(error)
+    is_lost_peer = _has_ranks() and sys.modules["comm"].is_lost_peer(error)
     is_expected = code == 2 or is_lost_peer or isinstance(told, (OSError, ImportError))
     prefix = f"rank {rank}: " if rank is not None else ""
     if arguments.traceback or not is_expected:
@@ -126,10 +126,15 @@ def _rank() -> int | None:
     return next((int(value) for value in values if value.isdigit()), None)
 
 
+def _has_ranks() -> bool:
+    """Whether ranks may have been connected. Jupyter's package `comm` never does, where that is the one imported."""
+    return "comm.backend" in sys.modules
+
+
 if __name__ == "__main__":
     load_fast_blas()
     outcome = run(sys.argv[1:])
-    if outcome.code and _rank() is not None and "comm" in sys.modules:
+    if outcome.code and _rank() is not None and _has_ranks():
         # Other ranks may be waiting in a collective: a normal exit would wait for them in turn.
         sys.modules["comm"].leave(outcome.code, outcome.error)
     sys.exit(outcome.code)
