@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from trainer import wandb_worker
+from trainer.metrics import read_rows
 from trainer.wandb_sink import WandbSink, wandb_mode
+from training import train_with_recipe
 
 CONFIG = {"method": "lora", "optimizer": {"lr": 1e-5}}
 BLOCK_BYTES = 32768
@@ -206,3 +208,45 @@ def test_environment_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "ofline")
     with pytest.raises(ValueError, match="'ofline'"):
         wandb_mode("online")
+
+
+RECIPE = """
+model: {{path: {model}}}
+data: {{train: {rows}, max_seq_len: 32, val_fraction: 0.2}}
+batch_size_per_device: 2
+max_steps: {steps}
+eval: {{every: 1}}
+logging: {{every: 1, wandb: {{project: project, mode: offline}}}}
+output_dir: {output}
+"""
+
+
+def test_resumed_run_goes_on_under_the_same_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exhaustive: None
+) -> None:
+    """A restart that opens a second W&B run; a run without its recipe, its last or its best values."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    rows, output = tmp_path / "rows.jsonl", tmp_path / "output"
+    rows.write_text("".join(json.dumps({"text": f"row {n} of ten"}) + "\n" for n in range(10)))
+    model = Path(__file__).parents[1] / "reference" / "data" / "qwen3"
+    for steps in (2, 3):
+        train_with_recipe(RECIPE.format(model=model, rows=rows, output=output, steps=steps), tmp_path)
+    ids, history, config, summary = set(), [], {}, {}
+    for file in sorted(output.glob("wandb/offline-run-*/*.wandb")):
+        for record in map(Record.FromString, records_of(file)):
+            if record.WhichOneof("record_type") == "run":
+                ids.add(record.run.run_id)
+                config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+            for item in record.history.item:
+                if item.nested_key == ["train/global_step"] or item.key == "train/global_step":
+                    history.append(json.loads(item.value_json))
+            items = record.summary.update
+            summary |= {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+    assert len(ids) == 1
+    assert sorted(set(history)) == [0, 1, 2, 3]
+    assert config["optimizer"]["lr"] == 1e-5 and config["max_steps"] == 3
+    losses = [row["eval/loss"] for row in read_rows(output / "metrics.jsonl") if "eval/loss" in row]
+    assert summary["best/eval_loss"] == min(losses)
+    assert summary["eval/loss"]["last"] == losses[-1]
