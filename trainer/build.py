@@ -218,9 +218,7 @@ def wrap(model: nn.Module, parallel: ParallelConfig, mesh: comm.Mesh) -> None:
 def _build_alone(recipe: Recipe, world: comm.Group, sizes: MeshSizes, notice: Notice) -> Parts:
     """All that a rank builds without the others."""
     parts = open_parts(recipe, world, sizes, notice)
-    prepare_for_training(parts.model)
-    parts.adapter = prepare_method(recipe, parts.base, parts.loss.keys)
-    use_fast_lora(parts.model)
+    parts.adapter = prepare_model(recipe, parts.base, parts.loss.keys)
     if sizes.tp > 1:
         check_plan(parts.model, plan_for(parts.model), sizes.tp)
     parts.flops_per_token = token_flops(parts.model, recipe.data.max_seq_len).total
@@ -242,6 +240,18 @@ def open_parts(
     base = open_base(recipe.model, len(tokenizer), recipe.seed)
     packed = decide_packing(recipe, base.model, splits.train, batch.global_size, notice)
     return Parts(recipe, world, sizes, batch, tokenizer, splits, base, TokenLoss(DropoutKeys(), packed))
+
+
+def prepare_model(recipe: Recipe, base: BaseModel, keys: DropoutKeys) -> LoRASpec | None:
+    """Layers made for training, and the recipe's parameters trainable; returns the adapters' spec, if any.
+
+    Raises:
+        ValueError: as `prepare_method`.
+    """
+    prepare_for_training(base.model)
+    spec = prepare_method(recipe, base, keys)
+    use_fast_lora(base.model)
+    return spec
 
 
 def prepare_method(recipe: Recipe, base: BaseModel, keys: DropoutKeys) -> LoRASpec | None:

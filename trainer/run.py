@@ -37,7 +37,7 @@ from trainer.requests import CheckpointTrigger, Stop
 from trainer.rules import resolve_mesh, warnings
 from trainer.storage import atomic_file, write_json
 from trainer.terminal import TerminalSink
-from trainer.throughput import Throughput
+from trainer.throughput import Throughput, memory_of_ranks
 from trainer.tracing import Profiler
 from trainer.wandb_sink import WandbSink, wandb_mode
 
@@ -176,7 +176,10 @@ def _end(
     if progress.step < parts.total_steps:
         metrics.message(f"Stopped early after step {progress.step}: {_without_gain(parts)}.")
     metrics.message(f"Done: {result_path(parts)}{_of_step(parts, progress, weights_step)}")
-    metrics.close({"best/step": progress.best_step} if parts.recipe.eval.patience else None)
+    peaks = memory_of_ranks(parts.world)
+    if peaks:
+        metrics.message(f"Peak memory of the ranks: {', '.join(f'{peak:.3g}' for peak in peaks.values())} GiB")
+    metrics.close(peaks | ({"best/step": progress.best_step} if parts.recipe.eval.patience else {}))
     return 0
 
 

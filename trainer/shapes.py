@@ -17,14 +17,12 @@ from typing import Any
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from trainer.build import prepare_method
+from trainer.build import prepare_model
 from trainer.config import ModelConfig, Recipe
 from trainer.loading import BaseModel, open_model
 from trainer.lora import DropoutKeys
 from trainer.loss import TokenLoss
 from trainer.models.checkpointing import checkpoint_layers
-from trainer.models.lora_matmul import use_fast_lora
-from trainer.models.prepare import prepare_for_training
 from trainer.models.segments import packing_supported
 from trainer.paths import require_paths
 from trainer.storage import read_json
@@ -79,10 +77,8 @@ def planned_model(recipe: Recipe) -> PlannedModel:
     base = open_shapes(settings, _vocabulary(recipe.model, text_config), recipe.seed)
     notices += _quantize(base, recipe.model)
     is_packed = recipe.data.packing is not False and packing_supported(base.model) is None
-    prepare_for_training(base.model)
     keys = DropoutKeys()
-    prepare_method(recipe, base, keys)
-    use_fast_lora(base.model)
+    prepare_model(recipe, base, keys)
     checkpoint_layers(base.model.layers, recipe.gradient_checkpointing)
     base.model.train()
     return PlannedModel(base.model, TokenLoss(keys, is_packed), text_config, tuple(notices))

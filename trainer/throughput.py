@@ -106,6 +106,15 @@ def memory_row() -> dict[str, float]:
     }
 
 
+def memory_of_ranks(world: comm.Group) -> dict[str, float]:
+    """Each rank's peak in GiB, for a run's summary: `memory/peak_gib_rank_0`, …; empty on one rank. Every rank must
+    call it."""
+    if world.size == 1:
+        return {}
+    peaks = world.all_gather(mx.array([mx.get_peak_memory() / GIB])).tolist()
+    return {f"memory/peak_gib_rank_{rank}": peak for rank, peak in enumerate(peaks)}
+
+
 def communication_row(
     times: StepTimes, usual_compute: list[float], model: nn.Module, world: comm.Group
 ) -> dict[str, float]:

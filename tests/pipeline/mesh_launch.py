@@ -80,8 +80,8 @@ LAUNCHES = {
     "mpi of four": Launch(
         4,
         [
-            Case("qwen3", "full", pp=2, tp=2, num_steps=5),
-            Case("llama", "full", dp_replicate=2, pp=2, micro_batches=1, num_steps=5),
+            Case("qwen3", "full", pp=2, tp=2, num_steps=20),
+            Case("llama", "full", dp_replicate=2, pp=2, micro_batches=1, num_steps=20),
             Case("qwen2", "lora", dp_shard=2, tp=2, micro_batches=2),
             Case("llama", "lora", dp_replicate=2, dp_shard=2, micro_batches=2),
         ],
