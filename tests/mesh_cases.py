@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten
+from double_precision import in_float64
 from tensor_cases import loss_fn, relative_error, worst
 from tensor_models import make_model, prepare
 
@@ -27,6 +28,7 @@ from parallel import (
 )
 
 ROWS, TOKENS, NUM_LAYERS = 8, 12, 4
+ROUNDING = 1e-6  # an error that a float32 gradient of this size may have by chance
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Case:
     split: str | tuple[int, ...] = "even"
     num_steps: int = 3
     reshard: bool = True
+    wide: bool = False  # float32 itself is further than the bound from float64: compare both with that
 
     @property
     def name(self) -> str:
@@ -55,7 +58,7 @@ class Case:
     @property
     def reference(self) -> str:
         """Name of the run on one device."""
-        return f"{self.architecture}-{self.method}"
+        return f"{self.architecture}-{self.method}{'-wide' if self.wide else ''}"
 
     @property
     def num_ranks(self) -> int:
@@ -102,12 +105,28 @@ def train(model: nn.Module, batches: Any, num_steps: int) -> tuple[list[float], 
 def save_reference(case: Case, folder: Path) -> None:
     """Train on one device and keep losses, norms and first gradients."""
     model = case.model().train()
-    _, grads, _ = value_and_grad(model, loss_fn)(micro_batches(0, 0, 1, case.micro_batches))
-    grads = dict(tree_flatten(grads))
-    mx.eval(grads)
+    grads = _gradients(model, case)
+    if case.wide:
+        with in_float64(case.model().train()) as double:
+            exact = _gradients(double, case)
+        mx.savez(str(folder / f"{case.reference}.npz"), **exact)
     losses, norms = train(model, lambda i: micro_batches(i, 0, 1, case.micro_batches), case.num_steps)
     mx.save_safetensors(str(folder / f"{case.reference}.safetensors"), grads)
     (folder / f"{case.reference}.json").write_text(json.dumps({"losses": losses, "norms": norms}))
+
+
+def _gradients(model: nn.Module, case: Case) -> dict[str, mx.array]:
+    _, grads, _ = value_and_grad(model, loss_fn)(micro_batches(0, 0, 1, case.micro_batches))
+    mx.eval(grads)
+    return dict(tree_flatten(grads))
+
+
+def rounding_ratio(grads: dict[str, mx.array], one: dict[str, mx.array], exact: dict[str, mx.array]) -> tuple[str, float]:
+    """The worst tensor's distance from float64, as a multiple of one process's own distance (at least ROUNDING)."""
+    with mx.stream(mx.cpu):
+        wide = {name: [x.astype(mx.float64) for x in (grad, one[name])] for name, grad in grads.items()}
+        errors = {name: [relative_error(x, exact[name]) for x in pair] for name, pair in wide.items()}
+    return worst({name: mine / max(other, ROUNDING) for name, (mine, other) in errors.items()})
 
 
 def wrap(model: nn.Module, case: Case, mesh: comm.Mesh) -> nn.Module:
@@ -137,7 +156,9 @@ def compare(case: Case, folder: Path, mesh: comm.Mesh) -> dict[str, Any]:
     grads = dict(gather_tensors(model_layout(model), tree_flatten(grads)))
     errors = {name: relative_error(grad, right_grads[name]) for name, grad in grads.items()}
     losses, norms = train(model, batches, case.num_steps)
+    exact = mx.load(str(folder / f"{case.reference}.npz")) if case.wide else {}
     return {
+        "rounding": rounding_ratio(grads, right_grads, exact) if case.wide and grads else ("", 0.0),
         "names": sorted(grads),
         "gradient": worst(errors) if errors else ("", 0.0),
         "tokens": num_tokens.item(),

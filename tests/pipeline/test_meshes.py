@@ -9,7 +9,11 @@ import pytest
 from mesh_cases import Case
 from mesh_launch import LAUNCHES
 
-GRADIENT_TOLERANCE = {"qwen3_5_moe": 3e-5}  # others 1e-5: its experts' gradients are small sums of large terms
+GRADIENT_TOLERANCE = 1e-5
+# Where half a unit in the last place of the weights moves float64 gradients by 1e-5 to 2e-5 (four Qwen3.5 layers: the
+# norm after linear attention scales tiny outputs up). Distances from float64, as multiples of one process's own:
+# seen at most 2.9, over 18 models and methods and two OpenBLAS kernels.
+ROUNDING_TOLERANCE = 4.0
 STEP_TOLERANCE = 1e-4
 ALL = [(name, case) for name, launch in LAUNCHES.items() for case in launch.cases]
 
@@ -22,8 +26,11 @@ def test_gradients_and_steps(launched: Any, reference: Path, launch: str, case: 
     assert set().union(*(result["names"] for result in results)) == set(right), "some parameter is trained nowhere"
     for rank, result in enumerate(results):
         worst, error = result["gradient"]
-        bound = GRADIENT_TOLERANCE.get(case.architecture, 1e-5)
-        assert error < bound, f"rank {rank}: gradient of {worst} off by {error}"
+        if case.wide:
+            worst, ratio = result["rounding"]
+            assert ratio < ROUNDING_TOLERANCE, f"rank {rank}: {worst} is {ratio:.1f} times further from float64 than one process"
+        else:
+            assert error < GRADIENT_TOLERANCE, f"rank {rank}: gradient of {worst} off by {error}"
         assert result["steps"] < STEP_TOLERANCE, f"rank {rank}: losses of the steps off by {result['steps']}"
         if case.num_steps <= 3:
             assert result["norms"] < STEP_TOLERANCE, f"rank {rank}: gradient norms off by {result['norms']}"
