@@ -27,7 +27,7 @@ from trainer.data import PlannedBatch, Splits, TokenizedRows, bucket_lengths, co
 from trainer.evaluation import Evaluator
 from trainer.flops import token_flops
 from trainer.loading import BaseModel, materialize, open_model, open_tokenizer
-from trainer.lora import DropoutKeys, LoRASpec, attach, find_targets
+from trainer.lora import DropoutKeys, LoRASpec, attach, find_targets, limits_on_experts
 from trainer.loss import TokenLoss
 from trainer.models.checkpointing import checkpoint_layers
 from trainer.models.lora_matmul import use_fast_lora

@@ -133,6 +133,18 @@ def find_targets(model: nn.Module, targets: str | list[str], num_layers: str | i
     return tuple(chosen)
 
 
+def limits_on_experts(model: nn.Module, spec: LoRASpec) -> list[str]:
+    """What does not hold inside expert layers, one line each; `model` has the adapters of `spec`."""
+    experts = [path for path, module in model.named_modules() if isinstance(module, EXPERTS)]
+    lines = []
+    if experts and spec.method == "dora":
+        lines.append(f"method: dora leaves the {len(experts)} expert layers as they are; method: lora adapts them too")
+    adapted = [path for path, module in model.named_modules() if isinstance(module, lora.LoRASwitchLinear)]
+    if adapted and spec.dropout > 0:
+        lines.append(f"lora.dropout={spec.dropout} is not applied inside the {len(adapted)} adapted expert layers")
+    return lines
+
+
 def is_adapter(name: str) -> bool:
     """Whether a parameter name belongs to an adapter (`lora_a`, `lora_b`, DoRA's `m`)."""
     return name.rsplit(".", 1)[-1] in ("lora_a", "lora_b", "m")

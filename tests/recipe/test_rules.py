@@ -84,3 +84,13 @@ def test_no_warnings_for_defaults():
 def test_a_warmup_as_long_as_the_run_is_a_warning():
     """A run whose learning rate never reaches its peak."""
     assert warnings(recipe_from(GOOD | {"max_steps": 5, "schedule": {"warmup_steps": 5}}))
+
+
+@pytest.mark.parametrize("name", ["muon", "adafactor"])
+@pytest.mark.parametrize("axis", ["tp", "dp_shard"])
+def test_optimizers_of_whole_matrices_refuse_slices(name, axis):
+    """Catches an optimizer that orthogonalises or factors a rank's slice as if it were the matrix."""
+    settings = GOOD | {"method": "full", "optimizer": {"name": name}}
+    with pytest.raises(RecipeError, match=rf"optimizer.name = {name}: needs whole matrices, but parallel.{axis} divides"):
+        recipe_from(settings | {"parallel": {axis: 2}})
+    assert recipe_from(settings | {"parallel": {"dp_replicate": 2, "pp": 2}}).optimizer.name == name

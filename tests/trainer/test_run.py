@@ -129,3 +129,18 @@ def test_adapter_of_mlx_lm_is_taken_up(rows, tmp_path):
     assert config["lora_parameters"]["rank"] == 4 and config["lora_parameters"]["scale"] == 3.0
     first_loss = read_rows(tmp_path / "first" / "metrics.jsonl")[0]["train/loss"]
     assert read_rows(tmp_path / "second" / "metrics.jsonl")[0]["train/loss"] < first_loss
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"method": "dora"}, "method: dora leaves the 6 expert layers as they are; method: lora adapts them too"),
+        ({"lora": {"dropout": 0.1}}, "lora.dropout=0.1 is not applied inside the 6 adapted expert layers"),
+        ({}, None),
+    ],
+)
+def test_what_does_not_reach_experts_is_said(rows, tmp_path, changes, said):
+    """Catches settings that silently do nothing inside expert layers, and notices where nothing is left out."""
+    notices = []
+    assert train(tiny_recipe(rows, tmp_path, "qwen3_moe", max_steps=1, **changes), comm.solo(), Stop(), notices) == 0
+    assert [line for line in notices if "expert" in line] == ([said] if said else [])
