@@ -219,6 +219,8 @@ def _build_alone(recipe: Recipe, world: comm.Group, sizes: MeshSizes, notice: No
     """All that a rank builds without the others."""
     parts = open_parts(recipe, world, sizes, notice)
     parts.adapter = prepare_model(recipe, parts.base, parts.loss.keys)
+    for line in limits_on_experts(parts.model, parts.adapter) if parts.adapter else ():
+        notice(line)
     if sizes.tp > 1:
         check_plan(parts.model, plan_for(parts.model), sizes.tp)
     parts.flops_per_token = token_flops(parts.model, recipe.data.max_seq_len).total

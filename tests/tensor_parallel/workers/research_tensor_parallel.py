@@ -1,7 +1,7 @@
 """Tensor parallelism in research code: a model of your own, then an mlx-lm model; the same on 1 and on N ranks.
 
     python research_tensor_parallel.py                                      one process
-    python -m comm launch -n 2 research_tensor_parallel.py [MODEL]          two; MODEL is a folder or a Hugging Face name
+    python -m comm launch -n 2 -- python research_tensor_parallel.py MODEL   two; MODEL is a folder or a Hugging Face name
 """
 
 import sys
