@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from ranks import ROOT, run_ranks
-from tensor_cases import LORA_CASES, MAIN_CASES
+from tensor_cases import LORA_CASES, MAIN_CASES, NUM_STEPS
 from tensor_models import save_large_model
 
 HERE = Path(__file__).parent
@@ -28,6 +28,7 @@ CHECKS = [
     "prepared_layers",
     "loading_memory",
 ]
+SHORT_CASES = ["llama:full", "qwen3:lora", "qwen3_moe:dora", "qwen3_5:qlora", "phi3:lora"]
 WIDE_CHECKS = ["round_trip", "generation", "deep_meshes"]
 TIMEOUT_SECONDS = 300
 
@@ -59,21 +60,24 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def ring_of_two(reference: Path, saved_model: Path) -> list[dict[str, Any]]:
-    """All cases and checks on two ranks over TCP."""
-    return launch(2, "ring", reference, 20, MAIN_CASES + LORA_CASES, CHECKS, saved_model)
+def ring_of_two(request: pytest.FixtureRequest, reference: Path, saved_model: Path) -> list[dict[str, Any]]:
+    """All cases and checks on two ranks over TCP; waiting ranks spin, so all 20 steps run with `--exhaustive` only."""
+    num_steps = NUM_STEPS if request.config.getoption("--exhaustive") else 4
+    return launch(2, "ring", reference, num_steps, MAIN_CASES + LORA_CASES, CHECKS, saved_model)
 
 
 @pytest.fixture(scope="session")
-def mpi_of_two(exhaustive: None, reference: Path) -> list[dict[str, Any]]:
-    """The main cases on two ranks over MPI."""
-    return launch(2, "mpi", reference, 20, MAIN_CASES, [])
+def mpi_of_two(reference: Path) -> list[dict[str, Any]]:
+    """All 20 steps of the main cases on two ranks over MPI, whose waiting ranks yield their core."""
+    return launch(2, "mpi", reference, NUM_STEPS, MAIN_CASES, [])
 
 
 @pytest.fixture(scope="session")
-def mpi_of_four(exhaustive: None, reference: Path) -> list[dict[str, Any]]:
-    """More ranks than key-value heads: the main cases, fused projections, and 2 x 2 meshes."""
-    return launch(4, "mpi", reference, 4, [*MAIN_CASES, "phi3:lora"], WIDE_CHECKS)
+def mpi_of_four(request: pytest.FixtureRequest, reference: Path) -> list[dict[str, Any]]:
+    """More ranks than key-value heads: with `--exhaustive` all main cases and 2 x 2 meshes, else one case a method."""
+    everything = request.config.getoption("--exhaustive")
+    cases = [*MAIN_CASES, "phi3:lora"] if everything else SHORT_CASES
+    return launch(4, "mpi", reference, 4, cases, WIDE_CHECKS if everything else WIDE_CHECKS[:2])
 
 
 @pytest.fixture(scope="session")

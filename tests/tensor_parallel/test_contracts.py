@@ -151,7 +151,7 @@ def test_shard_linear_alone(ring_of_two: Results, kind: str) -> None:
         ("mpi_of_four", "deep_meshes", "pp"),
     ],
 )
-def test_two_by_two_meshes(request: pytest.FixtureRequest, world: str, check: str, axis: str, method: str) -> None:
+def test_two_by_two_meshes(exhaustive: None, request: pytest.FixtureRequest, world: str, check: str, axis: str, method: str) -> None:
     """Catches gradients or norms counted over the wrong axis when tensor parallelism and another one compose."""
     for report in reports(request.getfixturevalue(world), check):
         found = report[f"{axis}:{method}"]

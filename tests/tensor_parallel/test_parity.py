@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from conftest import SHORT_CASES
 from tensor_cases import LORA_CASES, MAIN_CASES
 
 GRADIENT_TOLERANCE = 1e-5
@@ -33,7 +34,13 @@ def test_two_ranks_over_mpi(mpi_of_two: list[dict[str, Any]], name: str) -> None
     check_case(mpi_of_two, name)
 
 
-@pytest.mark.parametrize("name", [*MAIN_CASES, "phi3:lora"])
+@pytest.mark.parametrize("name", SHORT_CASES)
 def test_four_ranks(mpi_of_four: list[dict[str, Any]], name: str) -> None:
     """Catches wrong gradients and norms of key heads that two ranks hold (four ranks, two key heads)."""
+    check_case(mpi_of_four, name)
+
+
+@pytest.mark.parametrize("name", sorted({*MAIN_CASES} - {*SHORT_CASES}))
+def test_four_ranks_in_all_methods(exhaustive: None, mpi_of_four: list[dict[str, Any]], name: str) -> None:
+    """The same for every architecture with every method."""
     check_case(mpi_of_four, name)
