@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from ranks import ROOT, run_ranks
-from tensor_cases import LORA_CASES, MAIN_CASES, NUM_STEPS
+from tensor_cases import LORA_CASES, MAIN_CASES, NUM_STEPS, SHORT_CASES
 from tensor_models import save_large_model
 
 HERE = Path(__file__).parent
@@ -28,7 +28,6 @@ CHECKS = [
     "prepared_layers",
     "loading_memory",
 ]
-SHORT_CASES = ["llama:full", "qwen3:lora", "qwen3_moe:dora", "qwen3_5:qlora", "phi3:lora"]
 WIDE_CHECKS = ["round_trip", "generation", "deep_meshes"]
 TIMEOUT_SECONDS = 300
 

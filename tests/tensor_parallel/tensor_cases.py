@@ -16,6 +16,7 @@ ROWS, TOKENS = 2, 13
 MAIN_CASES = [f"{a}:{m}" for a in ("llama", "qwen3", "qwen3_moe", "qwen3_5") for m in METHODS]
 OTHERS = ("mistral", "qwen2", "qwen2_moe", "qwen3_5_moe", "gemma3", "granite", "phi3", "smollm3")
 LORA_CASES = [f"{a}:lora" for a in OTHERS]
+SHORT_CASES = ["llama:full", "qwen3:lora", "qwen3_moe:dora", "qwen3_5:qlora", "phi3:lora"]
 
 
 @dataclass(frozen=True)

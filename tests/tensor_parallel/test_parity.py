@@ -3,8 +3,7 @@
 from typing import Any
 
 import pytest
-from conftest import SHORT_CASES
-from tensor_cases import LORA_CASES, MAIN_CASES
+from tensor_cases import LORA_CASES, MAIN_CASES, SHORT_CASES
 
 GRADIENT_TOLERANCE = 1e-5
 STEP_TOLERANCE = 1e-4
