@@ -247,8 +247,7 @@ def choose_split(
         ValueError: unknown, or it does not fit the layers or the stages.
     """
     num_layers = len(text_model(model).model.layers)
-    if group.size > num_layers:
-        raise ValueError(f"{num_layers} layers cannot be cut into {group.size} stages; each needs at least one.")
+    check_split(split, num_layers, group.size)
     if split == "even":
         return even_split(num_layers, group.size)
     if split == "memory":
@@ -256,15 +255,27 @@ def choose_split(
         layers = [_num_bytes(layer) for layer in core.layers]
         head = output_head(model).module
         return memory_split(layers, _num_bytes(core.embed_tokens), _num_bytes(head), _memory_of_stages(group, peers))
+    return list(split)
+
+
+def check_split(split: str | Sequence[int], num_layers: int, num_stages: int) -> None:
+    """Refuse a split that does not fit.
+
+    Raises:
+        ValueError: unknown, or it does not fit the layers or the stages.
+    """
+    if num_stages > num_layers:
+        raise ValueError(f"{num_layers} layers cannot be cut into {num_stages} stages; each needs at least one.")
+    if split in ("even", "memory"):
+        return
     if isinstance(split, str):
         raise ValueError(f"split is {split!r}; it must be 'even', 'memory' or a list of layers per stage.")
     counts = list(split)
-    if len(counts) != group.size or any(count < 1 for count in counts) or sum(counts) != num_layers:
+    if len(counts) != num_stages or any(count < 1 for count in counts) or sum(counts) != num_layers:
         raise ValueError(
-            f"split {counts} has {len(counts)} stages and {sum(counts)} layers; {group.size} stages of at least one "
+            f"split {counts} has {len(counts)} stages and {sum(counts)} layers; {num_stages} stages of at least one "
             f"layer with {num_layers} layers together are needed."
         )
-    return counts
 
 
 def _memory_of_stages(group: comm.Group, peers: Sequence[comm.Group]) -> list[int]:

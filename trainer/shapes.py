@@ -17,6 +17,8 @@ from typing import Any
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from parallel.resolve import check_plan, plan_for
+from parallel.stages import check_split, check_stages
 from trainer.build import prepare_model
 from trainer.config import ModelConfig, Recipe
 from trainer.loading import BaseModel, open_model
@@ -25,6 +27,7 @@ from trainer.loss import TokenLoss
 from trainer.models.checkpointing import checkpoint_layers
 from trainer.models.segments import packing_supported
 from trainer.paths import require_paths
+from trainer.rules import MeshSizes
 from trainer.storage import read_json
 
 _GROUP_SIZES = {"mxfp4": 32, "mxfp8": 32, "nvfp4": 16, "affine": 64}
@@ -82,6 +85,21 @@ def planned_model(recipe: Recipe) -> PlannedModel:
     checkpoint_layers(base.model.layers, recipe.gradient_checkpointing)
     base.model.train()
     return PlannedModel(base.model, TokenLoss(keys, is_packed), text_config, tuple(notices))
+
+
+def check_mesh(recipe: Recipe, mesh: MeshSizes) -> None:
+    """Refuse a mesh that the model of a recipe cannot be divided over, from its config.
+
+    Raises:
+        ValueError: heads or dimensions that tp does not divide, more stages than layers, an architecture that
+            cannot be divided or cut; or as `planned_model`.
+    """
+    model = planned_model(recipe).model
+    if mesh.tp > 1:
+        check_plan(model, plan_for(model), mesh.tp)
+    if mesh.pp > 1:
+        check_stages(model)
+        check_split(recipe.parallel.split, len(model.layers), mesh.pp)
 
 
 def open_shapes(config: ModelConfig, vocab_size: int, seed: int) -> BaseModel:

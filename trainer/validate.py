@@ -1,4 +1,4 @@
-"""`python -m trainer validate`: checks a recipe and says what it means, without model, data or MLX."""
+"""`python -m trainer validate`: checks a recipe and says what it means, without weights or data."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from trainer.config import Recipe
 from trainer.paths import is_local, missing_paths, named_paths
 from trainer.problems import RecipeError
 from trainer.recipe import load_recipe, to_yaml
-from trainer.rules import resolve_batch, resolve_mesh, warnings
+from trainer.rules import MeshSizes, resolve_batch, resolve_mesh, warnings
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -16,16 +16,28 @@ def main(arguments: argparse.Namespace) -> int:
 
     Raises:
         RecipeError: The recipe cannot run, or a local path in it does not exist.
+        ValueError: The model's config is at hand and cannot be divided so.
     """
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     lines = meaning(recipe, arguments.world)
     if missing := missing_paths(recipe):
         raise RecipeError(missing, arguments.recipe)
+    _check_mesh(recipe, resolve_mesh(recipe.parallel, arguments.world))
     print(to_yaml(recipe))
     print("\n".join([*lines, *(f"warning: {text}" for text in warnings(recipe))]))
     if remote := [path for _, path in named_paths(recipe) if not is_local(path)]:
         print(f"not looked up: {', '.join(dict.fromkeys(remote))}")
     return 0
+
+
+def _check_mesh(recipe: Recipe, mesh: MeshSizes) -> None:
+    """Whether the model can be divided so, where its config is at hand: heads, layers, architecture."""
+    path = recipe.model.path
+    if (mesh.tp > 1 or mesh.pp > 1) and (path is None or is_local(path)):
+        # MLX is loaded here only: everything else answers without it.
+        from trainer.shapes import check_mesh
+
+        check_mesh(recipe, mesh)
 
 
 def meaning(recipe: Recipe, world: int) -> list[str]:

@@ -95,6 +95,23 @@ def test_errors_are_messages(recipe_for, tmp_path, capsys):
     assert "has no config.json" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "changes, world, reason",
+    [
+        (["parallel.tp=3"], 3, "cannot be divided over tp = 3 ranks"),
+        (["parallel.tp=4", "model.quantize={bits: 4, group_size: 64}"], 4, "not a multiple of group_size = 64"),
+        (["parallel.pp=6"], 6, "5 layers cannot be cut into 6 stages"),
+        (["parallel.pp=2", "parallel.split=[1, 1]"], 2, "split [1, 1] has 2 stages and 2 layers"),
+    ],
+)
+def test_validate_refuses_what_the_model_cannot_be_divided_over(recipe_for, capsys, changes, world, reason):
+    """A mesh that is found impossible only when every machine has loaded the model."""
+    path = recipe_for(QWEN3)
+    assert main(["validate", path, *changes, "--world", str(world)]) == 2
+    assert reason in capsys.readouterr().err
+    assert main(["validate", path, "parallel.pp=2", "parallel.tp=2", "--world", "4"]) == 0
+
+
 def test_a_trillion_parameters_are_counted_without_weights():
     """Weights made in memory, or experts of 4 bits counted as 16."""
     recipe, planned = make(KIMI, model={"config": KIMI, "tokenizer": "bpe:8", "dtype": "bfloat16"})
