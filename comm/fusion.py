@@ -121,7 +121,9 @@ def plan_buckets(
     """Which arrays travel together, in the order in which the messages leave.
 
     Goes through the arrays from last to first and fills one bucket per dtype; a bucket leaves
-    when the next array would not fit. An array larger than a bucket travels alone.
+    when the next array would not fit. An array larger than a bucket travels alone. Within a bucket
+    they keep their order: MLX computes the last input of a joined array first, and computing
+    gradients from the first layer on would hold the activations of recomputed layers.
 
     Args:
         sizes: Bytes of each array.
@@ -136,7 +138,7 @@ def plan_buckets(
             plan.append(bucket)
             bucket = filling[dtypes[i]] = []
         bucket.append(i)
-    return plan + [bucket for bucket in filling.values() if bucket]
+    return [bucket[::-1] for bucket in [*plan, *filling.values()]]
 
 
 def _join(arrays: list[mx.array]) -> mx.array:

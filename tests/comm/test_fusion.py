@@ -10,13 +10,13 @@ from comm.link import LARGEST_BUCKET_BYTES, SMALLEST_BUCKET_BYTES, LinkFit, fit_
 
 def test_buckets_run_from_the_last_array_to_the_first() -> None:
     """Catches the first layers' buckets leaving first, which would end the overlap."""
-    assert plan_buckets([4, 4, 4, 4, 4], ["f"] * 5, 8) == [[4, 3], [2, 1], [0]]
+    assert plan_buckets([4, 4, 4, 4, 4], ["f"] * 5, 8) == [[3, 4], [1, 2], [0]]
 
 
 def test_every_dtype_fills_its_own_bucket() -> None:
     """Catches mixed dtypes breaking the buckets up into single arrays."""
     plan = plan_buckets([4] * 6, ["f", "b", "f", "b", "f", "b"], 100)
-    assert plan == [[5, 3, 1], [4, 2, 0]]
+    assert plan == [[1, 3, 5], [0, 2, 4]]
 
 
 def test_a_large_array_travels_alone_and_nothing_is_lost() -> None:
