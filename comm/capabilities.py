@@ -72,3 +72,12 @@ CAPABILITIES: Mapping[str, Capabilities] = MappingProxyType(
         ),
     }
 )  # fmt: skip
+
+
+def missing_variables(backend: str, environ: Mapping[str, str]) -> list[str]:
+    """The environment variables that `backend` needs and does not find."""
+    return [
+        " or ".join(names.split("|"))
+        for names in CAPABILITIES[backend].variables
+        if not any(name in environ for name in names.split("|"))
+    ]

@@ -1,21 +1,10 @@
-"""The environment that launchers leave for a backend: reading, checking and changing it."""
+"""The environment that launchers leave for a backend: reading and changing it."""
 
 import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-
-from comm.capabilities import CAPABILITIES
-
-
-def missing_variables(backend: str, environ: Mapping[str, str]) -> list[str]:
-    """The environment variables that `backend` needs and does not find."""
-    return [
-        " or ".join(names.split("|"))
-        for names in CAPABILITIES[backend].variables
-        if not any(name in environ for name in names.split("|"))
-    ]
 
 
 def ring_hosts(environ: Mapping[str, str]) -> list[list[str]]:

@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
-from comm.environment import missing_variables
-from comm.capabilities import CAPABILITIES
+from comm.capabilities import CAPABILITIES, missing_variables
 from comm.group import Group
 from comm.subgroups import SubGroups, Wish
 

@@ -11,7 +11,8 @@ from mlx._distributed_utils.common import Hostfile
 import comm
 from comm.__main__ import main as command_line
 from comm.doctor import judge
-from comm.environment import missing_variables, ring_hosts
+from comm.capabilities import missing_variables
+from comm.environment import ring_hosts
 from comm.hostfile import Host, HostList, read_hostfile
 from comm.launch import Job, make_orders
 from comm.probe import mac_addresses, mac_ports, probe, rdma_devices
