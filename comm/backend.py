@@ -15,8 +15,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from comm.environment import environment, ring_hosts
 from comm.capabilities import CAPABILITIES, missing_variables
+from comm.environment import environment, ring_hosts
 from comm.group import Group
 from comm.subgroups import SubGroups
 from comm.watchdog import start_watchdog, timeout_seconds
