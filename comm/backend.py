@@ -18,6 +18,7 @@ import mlx.core as mx
 from comm.capabilities import CAPABILITIES, missing_variables
 from comm.environment import environment, ring_hosts
 from comm.group import Group
+from comm.memory import keep_freed_memory
 from comm.subgroups import SubGroups
 from comm.watchdog import start_watchdog, timeout_seconds
 
@@ -73,6 +74,8 @@ def _world(backend: str) -> Group:
     limit = CAPABILITIES[backend].max_ranks
     if size and limit and size > limit:
         raise ValueError(f"{backend} reaches at most {limit} ranks, but {size} were launched.")
+    if CAPABILITIES[backend].device == "cpu":
+        keep_freed_memory()
     world = Group(_connect_all_ranks(backend), backend)
     if not CAPABILITIES[backend].split:
         world.splitter = SubGroups(world)

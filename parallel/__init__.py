@@ -12,6 +12,7 @@ from parallel.layout import gather_tensors, model_layout, slice_tensors
 from parallel.linear import shard_linear
 from parallel.norm import clip_grad_norm, global_norm
 from parallel.pipeline import PipelineParallel, bubble_pct
+from parallel.row_threads import RowThreads
 from parallel.tensor import TensorParallel
 from parallel.vocab import cross_entropy
 from parallel.wrapper import Wrapper, unwrap
@@ -21,6 +22,7 @@ __all__ = [
     "FullyShardedDataParallel",
     "Head",
     "PipelineParallel",
+    "RowThreads",
     "Span",
     "StepTimes",
     "TensorParallel",

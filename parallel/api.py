@@ -14,7 +14,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-from parallel.compiled import compiled, is_compilable
+from parallel.compiled import compiled
+from parallel.row_threads import RowThreads
+from parallel.sums import add_sums
 from parallel.wrapper import parallel_state
 
 Batch = dict[str, mx.array]
@@ -52,7 +54,9 @@ class StepTimes:
         self._since = now
 
 
-def value_and_grad(model: nn.Module, loss_fn: LossFn, *, compile_local: bool = False) -> Step:
+def value_and_grad(
+    model: nn.Module, loss_fn: LossFn, *, compile_local: bool = False, row_threads: RowThreads | None = None
+) -> Step:
     """Build `step(micro_batches) -> (loss, grads, num_tokens)` for a plain or wrapped model.
 
     Args:
@@ -63,17 +67,25 @@ def value_and_grad(model: nn.Module, loss_fn: LossFn, *, compile_local: bool = F
             cannot read values (`.item()`), and the model's flags are those of the first call. Summing over
             micro-batches and ranks stays outside. No effect under TensorParallel, PipelineParallel and
             FullyShardedDataParallel, whose messages lie inside. Default: False.
+        row_threads: on a CPU, threads that share the rows of each micro-batch; no effect under the same wrappers.
+            Default: none.
 
     Returns:
         `step`: takes this rank's micro-batches, each `{"tokens": (B, L) int32, "mask": (B, L) bool,
         "segments": (B, L) int32}`, and returns the mean loss over all target tokens of all ranks and
         micro-batches (float32 scalar), the gradients of that mean (the tree of
         `model.trainable_parameters()`) and the token count. All three are lazy with one micro-batch; with
-        more, each micro-batch is evaluated before the next so that only one holds activations.
+        more, each micro-batch is evaluated before the next so that only one holds activations, and so is what
+        `row_threads` computed.
         `step(micro_batches, times)` fills a `StepTimes`; every rank must then pass one.
+
+    Raises:
+        ValueError: both `compile_local` and `row_threads`; compiled functions belong to one thread.
     """
+    if compile_local and row_threads:
+        raise ValueError("compile_local and row_threads do not go together: the first is for GPUs, the second for CPUs.")
     state = parallel_state(model)
-    local_step = state.runner(loss_fn) if state.runner else _accumulate(model, loss_fn, compile_local)
+    local_step = state.runner(loss_fn) if state.runner else _accumulate(model, loss_fn, compile_local, row_threads)
 
     def step(micro_batches: Sequence[Batch], times: StepTimes | None = None) -> tuple[mx.array, Any, mx.array]:
         loss, num_tokens, grads = local_step(micro_batches)
@@ -96,33 +108,21 @@ def value_and_grad(model: nn.Module, loss_fn: LossFn, *, compile_local: bool = F
     return step
 
 
-def _accumulate(model: nn.Module, loss_fn: LossFn, compile_local: bool) -> Callable:
+def _accumulate(model: nn.Module, loss_fn: LossFn, compile_local: bool, row_threads: RowThreads | None) -> Callable:
     """Forward and backward of each micro-batch in turn; returns sums (loss, num_tokens, grads)."""
     state = parallel_state(model)
-    phases = state.phases
-
-    def forward(model: nn.Module, batch: Batch) -> tuple[mx.array, mx.array]:
-        result = loss_fn(model, batch)
-        phases.trace.in_backward = True
-        return result
-
-    loss_and_grad = nn.value_and_grad(model, forward)
-    if compile_local and is_compilable(state):
-        loss_and_grad = compiled(model, loss_and_grad)
+    of_batch = _whole(model, loss_fn, compile_local and state.is_local)
+    if row_threads and state.is_local:
+        of_batch = _sliced(model, loss_fn, row_threads, of_batch)
 
     def run(micro_batches: Sequence[Batch]) -> tuple[mx.array, mx.array, Any]:
         total = None
         for batch in micro_batches:
-            with phases.recording() as trace:
-                (loss, num_tokens), grads = loss_and_grad(model, batch)
-            if trace.calls:
-                phases.evaluate_forward(trace, (loss, num_tokens))
-                phases.evaluate_backward(trace, grads)
-            current = [loss, num_tokens, grads]
+            current = of_batch(batch)
             if len(micro_batches) > 1:
                 current = add_sums(total, current)
-                # Names for the summands would keep their buffers beside that of the sum.
-                total = grads = None
+                # A name for the summand would keep its buffers beside that of the sum.
+                total = None
                 mx.eval(current)
             total = current
         assert total is not None, "step() needs at least one micro-batch"
@@ -131,15 +131,38 @@ def _accumulate(model: nn.Module, loss_fn: LossFn, compile_local: bool) -> Calla
     return run
 
 
-def add_sums(total: Any, current: Any) -> Any:
-    """A tree of sums over micro-batches, in float32, with one more added; `total` is None for the first."""
-    if total is None:
-        return tree_map(_widen, current)
-    return tree_map(lambda a, b: a + b.astype(a.dtype), total, current)
+def _whole(model: nn.Module, loss_fn: LossFn, compile_local: bool) -> Callable[[Batch], list[Any]]:
+    """One micro-batch at once: its [loss_sum, num_tokens, grads]."""
+    phases = parallel_state(model).phases
+
+    def forward(model: nn.Module, batch: Batch) -> tuple[mx.array, mx.array]:
+        result = loss_fn(model, batch)
+        phases.trace.in_backward = True
+        return result
+
+    loss_and_grad = nn.value_and_grad(model, forward)
+    if compile_local:
+        loss_and_grad = compiled(model, loss_and_grad)
+
+    def of_batch(batch: Batch) -> list[Any]:
+        with phases.recording() as trace:
+            (loss, num_tokens), grads = loss_and_grad(model, batch)
+        if trace.calls:
+            phases.evaluate_forward(trace, (loss, num_tokens))
+            phases.evaluate_backward(trace, grads)
+        return [loss, num_tokens, grads]
+
+    return of_batch
 
 
-def _widen(x: mx.array) -> mx.array:
-    return x.astype(mx.float32) if mx.issubdtype(x.dtype, mx.floating) else x
+def _sliced(model: nn.Module, loss_fn: LossFn, row_threads: RowThreads, whole: Callable) -> Callable[[Batch], list[Any]]:
+    """One micro-batch on threads, or at once where it is too small to share."""
+    loss_and_grad = nn.value_and_grad(model, loss_fn)
+
+    def of_batch(batch: Batch) -> list[Any]:
+        return row_threads.sums(model, loss_and_grad, batch) or whole(batch)
+
+    return of_batch
 
 
 def evaluate(model: nn.Module, loss_fn: LossFn) -> Callable[[Iterable[Batch]], tuple[float, int]]:

@@ -11,16 +11,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from parallel.wrapper import ParallelState
-
-# Axes whose wrappers send messages, or evaluate, inside the forward and backward pass.
-_INNER_AXES = frozenset(("dp_shard", "pp", "tp"))
-
-
-def is_compilable(state: ParallelState) -> bool:
-    """Whether the local part of the step is nothing but computation: no wrapper but DataParallel is on the model."""
-    return _INNER_AXES.isdisjoint(state.groups)
-
 
 def compiled(model: nn.Module, loss_and_grad: Callable[[nn.Module, Any], Any]) -> Callable[[nn.Module, Any], Any]:
     """`loss_and_grad(model, batch)`, compiled.

@@ -14,10 +14,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from parallel.api import Batch, LossFn, add_sums
+from parallel.api import Batch, LossFn
 from parallel.phases import Trace
 from parallel.schedule import plan_actions
 from parallel.stage import Stage
+from parallel.sums import add_sums
 from parallel.wrapper import parallel_state
 
 

@@ -15,6 +15,9 @@ import mlx.nn as nn
 import comm
 from parallel.phases import Phases
 
+# Axes whose wrappers send messages, or evaluate, inside the forward and backward pass.
+_INNER_AXES = frozenset(("dp_shard", "pp", "tp"))
+
 
 @dataclass
 class ParallelState:
@@ -40,6 +43,11 @@ class ParallelState:
     forward: Callable | None = None
     phases: Phases = field(default_factory=Phases)
     repeated: frozenset[str] = frozenset()
+
+    @property
+    def is_local(self) -> bool:
+        """Whether forward and backward are nothing but computation: no wrapper but DataParallel is on the model."""
+        return _INNER_AXES.isdisjoint(self.groups)
 
 
 class Wrapper:

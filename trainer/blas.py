@@ -8,6 +8,8 @@ Accelerate and GPUs their own libraries; there is nothing to do there. This modu
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 NAMES = ("libopenblas.so.0", "libopenblas.so")
@@ -30,6 +32,21 @@ def load_fast_blas() -> bool:
     return any(_load(name, ctypes.RTLD_GLOBAL) for name in NAMES)
 
 
+@contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """Within it each matrix product of a loaded OpenBLAS stays in the thread that asks for it; no effect on others."""
+    library = next((found for name in NAMES if (found := _load(name, os.RTLD_NOLOAD))), None)
+    if library is None:
+        yield
+        return
+    before = library.openblas_get_num_threads()
+    library.openblas_set_num_threads(1)
+    try:
+        yield
+    finally:
+        library.openblas_set_num_threads(before)
+
+
 def blas_hint() -> str | None:
     """What to install when this Linux process has no fast BLAS, else None; it matters to MLX's CPU device only."""
     if sys.platform != "linux" or any(_load(name, os.RTLD_NOLOAD) for name in NAMES):
@@ -46,9 +63,8 @@ def _has_avx512() -> bool:
     return {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= set(flags)
 
 
-def _load(name: str, mode: int) -> bool:
+def _load(name: str, mode: int) -> ctypes.CDLL | None:
     try:
-        ctypes.CDLL(name, mode=mode)
+        return ctypes.CDLL(name, mode=mode)
     except OSError:
-        return False
-    return True
+        return None

@@ -29,6 +29,7 @@ from trainer.flops import token_flops
 from trainer.loading import BaseModel, materialize, open_model, open_tokenizer
 from trainer.lora import DropoutKeys, LoRASpec, attach, find_targets, limits_on_experts
 from trainer.loss import TokenLoss
+from trainer.machine import row_threads
 from trainer.models.checkpointing import checkpoint_layers
 from trainer.models.lora_matmul import use_fast_lora
 from trainer.models.prepare import prepare_for_training
@@ -87,7 +88,8 @@ class Parts:
     @cached_property
     def step_fn(self) -> Callable:
         """From micro-batches to loss and gradients, of all ranks."""
-        return value_and_grad(self.model, self.loss, compile_local=self.compile_step)
+        threads = None if self.compile_step else row_threads(self.world.size)
+        return value_and_grad(self.model, self.loss, compile_local=self.compile_step, row_threads=threads)
 
     @cached_property
     def optimizer(self) -> Optimizer:

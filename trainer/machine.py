@@ -1,4 +1,4 @@
-"""What a run ran on, for reports: device, memory, versions, ranks. No host name, no path, no time."""
+"""The machine of a run: how its cores are used, and facts for reports (no host name, no path, no time)."""
 
 import os
 import platform
@@ -6,7 +6,9 @@ from importlib.metadata import version
 
 import mlx.core as mx
 
+from parallel import RowThreads
 from trainer import __version__
+from trainer.blas import one_blas_thread
 
 MACHINE_FILE = "machine.json"
 
@@ -36,3 +38,16 @@ def machine_facts(num_devices: int, backend: str, mesh: dict[str, int]) -> dict[
     if "memory_size" in info:
         facts["memory_gib"] = round(info["memory_size"] / 2**30, 1)
     return facts
+
+
+def row_threads(num_ranks: int) -> RowThreads | None:
+    """Threads for the rows of a micro-batch where MLX computes on a CPU with more than one core for each rank.
+
+    Args:
+        num_ranks: Ranks of the run; they are taken to share this machine.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    num_threads = cores // num_ranks
+    if mx.default_device() != mx.cpu or num_threads < 2:
+        return None
+    return RowThreads(num_threads, around=one_blas_thread)

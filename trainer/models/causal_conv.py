@@ -34,12 +34,16 @@ def causal_conv(
     @run.vjp
     def run_vjp(primals, dy, outputs):  # noqa: ANN001, ANN202
         x, weight = primals
-        num_tokens = dy.shape[1]
-        d_x, d_weight = mx.zeros_like(x), []
+        num_tokens, reach = dy.shape[1], taps - 1
+        # Tap k of entry s went to token s - k: slices of one padded array, instead of one padded array per tap.
+        padded = mx.pad(dy, [(0, 0), (reach, reach), (0, 0)])
+        d_x, d_weight = 0, []
         for k in range(taps):
-            d_tap = _kept(dy, inside, k)
-            d_x = d_x + mx.pad(d_tap * weight[:, k, 0], [(0, 0), (k, taps - 1 - k), (0, 0)])
-            d_weight.append((d_tap * x[:, k : k + num_tokens]).astype(mx.float32).sum(axis=(0, 1)))
+            went_to = slice(reach - k, reach - k + num_tokens + reach)
+            mask = None if inside is None or inside[k] is None else mx.pad(inside[k], [(0, 0), (k, reach - k), (0, 0)])
+            d_tap = padded[:, went_to] * weight[:, k, 0]
+            d_x = d_x + (d_tap if mask is None else d_tap * mask)
+            d_weight.append((_kept(dy, inside, k) * x[:, k : k + num_tokens]).astype(mx.float32).sum(axis=(0, 1)))
         return d_x, mx.stack(d_weight, axis=1)[..., None].astype(weight.dtype)
 
     y = run(x, weight)

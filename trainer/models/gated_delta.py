@@ -167,12 +167,12 @@ def _recurrence(
         writes, reads, _ = _writes(chunks, v, beta)
         states, values = [], []
         for i in range(v.shape[3]):
-            value = writes[:, :, :, i] - reads[:, :, :, i] @ state
+            value = mx.addmm(writes[:, :, :, i], reads[:, :, :, i], state, alpha=-1.0)
             states.append(state)
             values.append(value)
-            state = chunks.last[:, :, :, i] * state + _transpose(chunks.k_out[:, :, :, i]) @ value
+            state = mx.addmm(chunks.last[:, :, :, i] * state, _transpose(chunks.k_out[:, :, :, i]), value)
         states, values = mx.stack(states, axis=3), mx.stack(values, axis=3)
-        return chunks.q_in @ states + chunks.query_key @ values, state, states
+        return mx.addmm(chunks.q_in @ states, chunks.query_key, values), state, states
 
     @run.vjp
     def run_vjp(primals, cotangents, outputs):  # noqa: ANN001, ANN202
@@ -207,7 +207,7 @@ def _gradients(
     decay = _decay(q, k, log_gate, keep)
     chunks = decay.chunks()
     writes, reads, inverse = _writes(chunks, v, beta)
-    values = writes - reads @ states
+    values = mx.addmm(writes, reads, states, alpha=-1.0)
 
     # The recurrence backwards: only the gradient of the state passes from chunk to chunk.
     from_outputs = _transpose(chunks.query_key) @ dy
@@ -215,9 +215,10 @@ def _gradients(
     d_ends, d_values = [], []
     for i in reversed(range(v.shape[3])):
         d_ends.append(d_state)
-        d_value = from_outputs[:, :, :, i] + chunks.k_out[:, :, :, i] @ d_state
+        d_value = mx.addmm(from_outputs[:, :, :, i], chunks.k_out[:, :, :, i], d_state)
         d_values.append(d_value)
-        d_state = chunks.last[:, :, :, i] * d_state + from_reads[:, :, :, i] - _transpose(reads[:, :, :, i]) @ d_value
+        passed_on = chunks.last[:, :, :, i] * d_state + from_reads[:, :, :, i]
+        d_state = mx.addmm(passed_on, _transpose(reads[:, :, :, i]), d_value, alpha=-1.0)
     d_ends, d_values = mx.stack(d_ends[::-1], axis=3), mx.stack(d_values[::-1], axis=3)
 
     # With X = beta (v - k_in S) and values = inverse X: dX = inverse^T d_values, and the system's gradient is -dX

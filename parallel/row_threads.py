@@ -1,0 +1,106 @@
+"""Forward and backward of a micro-batch in slices of rows, on several threads of one process.
+
+For MLX's CPU backend, where a stream computes one operation after the other and only matrix products use more than
+one core. Each thread has a stream of its own and goes through its slices one by one, so all cores have work, arrays
+are small enough to stay in caches, and only one slice per thread holds activations. Sums are added in a fixed order:
+equal calls give equal bits. GPUs gain nothing from it.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from parallel.sums import add_sums
+
+# Fewer make matrix products slower, more leave the caches (two cores, 8 layers of 384 dims).
+SLICE_TOKENS = 512
+
+Batch = dict[str, Any]
+
+
+class RowThreads:
+    """Threads that share the rows of micro-batches; for `value_and_grad(..., row_threads=...)`.
+
+    Args:
+        num_threads: how many; the cores that this process may use is a good number.
+        slice_tokens: rows go together up to so many tokens; a longer row goes alone. Default: 512.
+        around: makes a context within which the threads compute, in the caller's thread; to keep the BLAS from
+            starting threads of its own, say. Default: none.
+    """
+
+    def __init__(
+        self,
+        num_threads: int,
+        slice_tokens: int = SLICE_TOKENS,
+        around: Callable[[], AbstractContextManager] = nullcontext,
+    ):
+        self.slice_tokens = slice_tokens
+        self._num_threads = num_threads
+        self._around = around
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="rows")
+        self._tracing = threading.Lock()
+
+    def sums(self, model: nn.Module, loss_and_grad: Callable, batch: Batch) -> list[Any] | None:
+        """[loss_sum, num_tokens, grads] of a micro-batch, evaluated, or None where it is a single slice.
+
+        Args:
+            model: what `loss_and_grad` is called with.
+            loss_and_grad: `loss_and_grad(model, batch) -> ((loss_sum, num_tokens), grads)`. Random numbers in it
+                need keys: each thread has its own sequence of those without.
+            batch: every array in it has the rows as its first axis.
+        """
+        slices = self._slices(batch)
+        if len(slices) == 1:
+            return None
+        # A thread cannot compute what another one left lazy: weights, or what a module keeps beside them.
+        mx.eval(slices, [value for module in model.modules() for value in module.values() if isinstance(value, mx.array)])
+        number = min(self._num_threads, len(slices))
+        with self._around():
+            work = [self._pool.submit(self._sum_of, slices[i::number], model, loss_and_grad) for i in range(number)]
+            wait(work)  # for all of them, also when one fails: the others still use the model
+        total = work[0].result()
+        for other in work[1:]:
+            total = add_sums(total, other.result())
+        mx.eval(total)
+        return total
+
+    def _slices(self, batch: Batch) -> list[Batch]:
+        num_rows, num_tokens = batch["tokens"].shape
+        step = max(1, self.slice_tokens // num_tokens)
+        cut = lambda value, start: value[start : start + step] if isinstance(value, mx.array) else value  # noqa: E731
+        return [{name: cut(value, start) for name, value in batch.items()} for start in range(0, num_rows, step)]
+
+    def _sum_of(self, slices: Sequence[Batch], model: nn.Module, loss_and_grad: Callable) -> list[Any]:
+        total = None
+        for batch in slices:
+            total = self._traced(total, batch, model, loss_and_grad)
+            _evaluate(total)
+        return total
+
+    def _traced(self, total: Any, batch: Batch, model: nn.Module, loss_and_grad: Callable) -> list[Any]:
+        with self._tracing:
+            own = model.trainable_parameters()
+            try:
+                (loss, num_tokens), grads = loss_and_grad(model, batch)
+            finally:
+                # What a trace puts in their place belongs to this thread.
+                model.update(own)
+            return add_sums(total, [loss, num_tokens, grads])
+
+
+def _evaluate(sums: list[Any]) -> None:
+    """Evaluates loss and gradients, the last layer's first, in many small steps.
+
+    MLX lets all threads together run some 100 operations ahead. A thread that is asked for a whole pass at once takes
+    all of them and leaves the others waiting.
+    """
+    loss, num_tokens, grads = sums
+    mx.eval(loss, num_tokens)
+    for _, grad in reversed(tree_flatten(grads)):
+        mx.eval(grad)
