@@ -85,11 +85,11 @@ class RowThreads:
 
     def _traced(self, total: Any, batch: Batch, model: nn.Module, loss_and_grad: Callable) -> list[Any]:
         with self._tracing:
-            own = model.trainable_parameters()
+            own = model.parameters()
             try:
                 (loss, num_tokens), grads = loss_and_grad(model, batch)
             finally:
-                # What a trace puts in their place belongs to this thread.
+                # What a trace puts in their place belongs to this thread; after an error also that of frozen ones.
                 model.update(own)
             return add_sums(total, [loss, num_tokens, grads])
 
