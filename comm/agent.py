@@ -41,6 +41,7 @@ def main() -> None:
         print(GREETING + json.dumps(greeting), flush=True)
         order = _read()
         folder = held.enter_context(tempfile.TemporaryDirectory(prefix="comm-"))
+        time.sleep(order["delay_seconds"])
         process = start(order, folder)
         threading.Thread(target=_obey, args=(process,), daemon=True).start()
         code = process.wait()

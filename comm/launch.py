@@ -29,6 +29,8 @@ from comm.hostfile import LOCAL, Host, HostList, check_hosts, read_hostfile
 
 GRACE_SECONDS = 6.0  # for the watchdogs to name the missing rank, once one has failed
 STOP_SECONDS = 5.0  # from SIGTERM to SIGKILL
+# The last rank of a ring is the first to call another one, and waits a whole second where rank 0 is not there yet.
+HEAD_START_SECONDS = 0.1
 MPI_PREFIX = re.compile(rb"^(\[\d+\])<std(?:out|err)>: ?")
 USER_ERROR = 2  # what the user wrote is wrong: starting again would not help
 
@@ -286,8 +288,10 @@ def make_orders(
         if job.backend == "nccl":
             before = [other.ssh for other in job.hosts.hosts[:rank]]
             variables["CUDA_VISIBLE_DEVICES"] = str(before.count(host.ssh))
-        order = {"command": job.command, "cwd": job.cwd, "variables": variables, "files": files}
-        orders.append(order)
+        orders.append({
+            "command": job.command, "cwd": job.cwd, "variables": variables, "files": files,
+            "delay_seconds": HEAD_START_SECONDS if 0 < rank == num_ranks - 1 else 0.0,
+        })  # fmt: skip
     return orders
 
 

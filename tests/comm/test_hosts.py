@@ -59,7 +59,9 @@ def test_both_forms_of_a_hostfile(tmp_path: Path) -> None:
     ("name", "backend", "count"), [("ring-2", "ring", 2), ("ring-4", "ring", 4), ("jaccl-4", "jaccl", 4)]
 )
 def test_hostfiles_that_come_along(name: str, backend: str, count: int) -> None:
-    """Catches an example that our launcher or MLX's would refuse, or that nobody lists here."""
+    """Catches an example that our launcher or MLX's would refuse, or that nobody lists here; and a last rank that
+    starts with the others, calls rank 0 too early and waits a second.
+    """
     assert {path.stem for path in HOSTFILES.iterdir()} == {"ring-2", "ring-4", "jaccl-4"}
     path = HOSTFILES / f"{name}.json"
     hosts = read_hostfile(str(path))
@@ -70,6 +72,7 @@ def test_hostfiles_that_come_along(name: str, backend: str, count: int) -> None:
     greetings = [{"ring": [f"{host.ips[0]}:1"], "control": "127.0.0.1:1", "extra": ["127.0.0.1:2"]} for host in hosts.hosts]
     orders = make_orders(Job(("true",), hosts, hosts.backend), greetings, "secret")
     assert ("MLX_IBV_DEVICES" in orders[0]["files"]) == (backend == "jaccl")
+    assert [order["delay_seconds"] > 0 for order in orders] == [False] * (count - 1) + [True]
 
 
 @pytest.mark.parametrize(
