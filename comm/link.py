@@ -15,9 +15,12 @@ import numpy as np
 
 from comm.group import Group
 
-PROBE_BYTES = (4 << 10, 256 << 10, 2 << 20, 8 << 20)
+# Messages like buckets: where ranks share cores, small ones tell nothing of these (two ring ranks on two cores: 0.4 ms
+# for 256 KiB, 10 ms for 2 MiB).
+PROBE_BYTES = (2 << 20, 4 << 20, 8 << 20, 16 << 20)
 # Below the smaller size a busy host's scheduling, not the wire, decides the cost of a message.
 SMALLEST_BUCKET_BYTES, LARGEST_BUCKET_BYTES = 32 << 20, 128 << 20
+ROOM_SHARE = 0.05  # of a bucket, which ends where the next array would not fit
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,9 @@ class LinkFit:
     def bucket_bytes(self, total_bytes: int, alone_seconds_per_byte: float) -> int:
         """The bucket size at which the messages' latencies and what nothing hides cost the least.
 
-        With buckets of b bytes, latency * total / b + b * alone_seconds_per_byte is lost; its
-        minimum is at the returned b.
+        With buckets of b bytes, latency * total / b + b * alone_seconds_per_byte is lost. The
+        messages nearest to the minimum that are of equal size are taken, as a small one left over
+        costs a latency, too.
 
         Args:
             total_bytes: Bytes of all buckets.
@@ -47,7 +51,10 @@ class LinkFit:
         if not alone_seconds_per_byte:
             return LARGEST_BUCKET_BYTES
         best = math.sqrt(self.latency_seconds * total_bytes / alone_seconds_per_byte)
-        return int(min(max(best, SMALLEST_BUCKET_BYTES), LARGEST_BUCKET_BYTES))
+        best = min(max(best, SMALLEST_BUCKET_BYTES), LARGEST_BUCKET_BYTES)
+        num_messages = max(round(total_bytes / best), 1)
+        equal = total_bytes / num_messages * (1 + ROOM_SHARE)
+        return int(min(max(equal, SMALLEST_BUCKET_BYTES), LARGEST_BUCKET_BYTES))
 
 
 def fit_link(num_bytes: Sequence[int], seconds: Sequence[float]) -> LinkFit:
@@ -77,7 +84,7 @@ def measure_join(group: Group, num_bytes: int = 8 << 20) -> float:
     return group.all_max(mx.array(seconds / num_bytes, dtype=mx.float32)).item()
 
 
-def time_all_sum(group: Group, num_bytes: int, num_repeats: int = 5) -> float:
+def time_all_sum(group: Group, num_bytes: int, num_repeats: int = 3) -> float:
     """Median time in seconds of one float32 all_sum of `num_bytes`, after one to warm up."""
     x = mx.zeros((max(num_bytes // 4, 1),), dtype=mx.float32)
     mx.eval(x)

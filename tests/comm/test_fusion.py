@@ -51,6 +51,16 @@ def test_bucket_size_balances_latency_against_the_last_bucket() -> None:
     assert LinkFit(0.0, 0.0).bucket_bytes(1000, 0.0) == LARGEST_BUCKET_BYTES
 
 
+@pytest.mark.parametrize(("total_mib", "num_messages"), [(78, 1), (150, 2), (1000, 13)])
+def test_no_small_message_is_left_over(total_mib: int, num_messages: int) -> None:
+    """Catches a last message of a few bytes, which costs a whole latency."""
+    total = total_mib << 20
+    fit = LinkFit((75 << 20) ** 2 * 1e-10 / total, 1e-9)  # the minimum is at 75 MiB
+    sizes = [total // 400] * 400
+    plan = plan_buckets(sizes, ["f"] * 400, fit.bucket_bytes(total, 1e-10))
+    assert len(plan) == num_messages
+
+
 @pytest.mark.parametrize("options", [{"bucket_bytes": 0}, {"wire_dtype": mx.int32}])
 def test_wrong_options_are_refused(options: dict) -> None:
     """Catches a bucket size or wire dtype that would corrupt or hang the reduction."""
