@@ -69,13 +69,14 @@ def _chosen(backend: str, environ: Mapping[str, str]) -> str | None:
 @functools.cache
 def _world(backend: str) -> Group:
     size = 1 if backend == "none" else _launched_size(backend, os.environ)
+    on_host = size != 1 and CAPABILITIES[backend].device == "cpu"
+    if on_host or mx.default_device() == mx.cpu:
+        keep_freed_memory()
     if size == 1:
         return Group(None, backend)
     limit = CAPABILITIES[backend].max_ranks
     if size and limit and size > limit:
         raise ValueError(f"{backend} reaches at most {limit} ranks, but {size} were launched.")
-    if CAPABILITIES[backend].device == "cpu":
-        keep_freed_memory()
     world = Group(_connect_all_ranks(backend), backend)
     if not CAPABILITIES[backend].split:
         world.splitter = SubGroups(world)
