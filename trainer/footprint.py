@@ -43,7 +43,7 @@ class Footprint:
     Attributes:
         weights, gradients, optimizer: exact.
         buffers: of communication: messages in flight, weights gathered for use.
-        activations: everything else at the step's peak.
+        activations: everything else at the step's peak, all rows of a micro-batch at once; CPUs take them in slices.
     """
 
     weights: int
