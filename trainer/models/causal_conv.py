@@ -1,8 +1,7 @@
 """Depthwise causal convolution that does not look across document borders, with a hand-written backward pass.
 
 Shapes: B rows, T tokens, C channels, K taps. As a sum of K shifted products it is 5 times faster than MLX's grouped
-    convolution on
-CPUs, forward and backward.
+convolution on CPUs, forward and backward.
 """
 
 import mlx.core as mx
