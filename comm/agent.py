@@ -102,6 +102,7 @@ def _obey(process: subprocess.Popen) -> None:
         message = json.loads(line)
         if "signal" in message:
             kill_group(process, message["signal"])
+            kill_group(process, signal.SIGCONT)  # a program that was stopped hears of it only then
         else:
             typed.put(message["input"])
     kill_group(process, signal.SIGTERM)  # mpirun ends its ranks only on this one

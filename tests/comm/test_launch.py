@@ -114,6 +114,21 @@ def test_a_killed_launcher_leaves_no_orphan(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+def test_a_stopped_rank_ends_with_the_job() -> None:
+    """Catches a rank that SIGSTOP holds, and with it the job, beyond the time-out and ten seconds."""
+    command = [sys.executable, "-m", "comm", "launch", "-n", "2", "--timeout", "3", "--"]
+    command += [sys.executable, str(WORKERS / "failing.py"), "stop", "1"]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as launcher:
+        assert "joined" in launcher.stdout.readline()
+        start = time.monotonic()
+        _, errors = launcher.communicate(timeout=60)
+    assert launcher.returncode == 1
+    assert "rank 1" in errors and "has not answered for 3 s" in errors
+    assert time.monotonic() - start < 3 + 10
+
+
 def test_the_launcher_does_not_spin(tmp_path: Path) -> None:
     """Catches a busy loop: launcher and agents together use under 2 % of a core."""
     launcher, _ = start_sleepers(tmp_path, 4)
