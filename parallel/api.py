@@ -67,8 +67,8 @@ def value_and_grad(
             cannot read values (`.item()`), and the model's flags are those of the first call. Summing over
             micro-batches and ranks stays outside. No effect under TensorParallel, PipelineParallel and
             FullyShardedDataParallel, whose messages lie inside. Default: False.
-        row_threads: on a CPU, threads that share the rows of each micro-batch; no effect under the same wrappers.
-            Default: none.
+        row_threads: on a CPU, threads that share the rows of each micro-batch, whose arrays then all have the rows
+            as their first axis; no effect under the same wrappers. Default: none.
 
     Returns:
         `step`: takes this rank's micro-batches, each `{"tokens": (B, L) int32, "mask": (B, L) bool,

@@ -37,7 +37,12 @@ class DataParallel(Wrapper):
     ):
         group = self.join("dp_replicate", group)
         state = self.parallel_state
-        self.update(tree_map(group.broadcast, self.trainable_parameters()))
+        own = self.trainable_parameters()
+        if group.size > 1:
+            own = tree_map(group.broadcast, own)
+            # Left lazy, they would be sent when a rank first needs them, which may be before or after other messages.
+            mx.eval(own)
+            self.update(own)
         state.loss_groups.append(group)
         fusion = comm.GradientFusion(group, bucket_bytes=bucket_bytes, wire_dtype=wire_dtype)
         state.fusions.append(fusion)

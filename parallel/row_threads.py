@@ -2,8 +2,8 @@
 
 For MLX's CPU backend, where a stream computes one operation after the other and only matrix products use more than
 one core. Each thread has a stream of its own and goes through its slices one by one, so all cores have work, arrays
-are small enough to stay in caches, and only one slice per thread holds activations. Sums are added in a fixed order:
-equal calls give equal bits. GPUs gain nothing from it.
+are small enough to stay in caches, and only one slice per thread holds activations. Sums are added in an order that the
+number of threads fixes: equal calls give equal bits. GPUs gain nothing from it.
 """
 
 import threading
@@ -14,12 +14,14 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
 from parallel.sums import add_sums
 
 # Fewer make matrix products slower, more leave the caches (two cores, 8 layers of 384 dims).
 SLICE_TOKENS = 512
+# Each thread sums gradients in a float32 tree of its own; those beyond the first take at most this much.
+EXTRA_GRADIENT_BYTES = 4 << 30
 
 Batch = dict[str, Any]
 
@@ -28,7 +30,8 @@ class RowThreads:
     """Threads that share the rows of micro-batches; for `value_and_grad(..., row_threads=...)`.
 
     Args:
-        num_threads: how many; the cores that this process may use is a good number.
+        num_threads: how many; the cores that this process may use is a good number. Fewer work where there are fewer
+            slices, or where their float32 gradients would take more than 4 GiB beside the first's.
         slice_tokens: rows go together up to so many tokens; a longer row goes alone. Default: 512.
         around: makes a context within which the threads compute, in the caller's thread; to keep the BLAS from
             starting threads of its own, say. Default: none.
@@ -47,38 +50,62 @@ class RowThreads:
         self._tracing = threading.Lock()
 
     def sums(self, model: nn.Module, loss_and_grad: Callable, batch: Batch) -> list[Any] | None:
-        """[loss_sum, num_tokens, grads] of a micro-batch, evaluated, or None where it is a single slice.
+        """[loss_sum, num_tokens, grads] of a micro-batch, evaluated, or None where one thread would do all.
+
+        Gradients have their parameters' dtypes. What a forward pass assigns to the model's arrays is lost.
 
         Args:
             model: what `loss_and_grad` is called with.
-            loss_and_grad: `loss_and_grad(model, batch) -> ((loss_sum, num_tokens), grads)`. Random numbers in it
-                need keys: each thread has its own sequence of those without.
+            loss_and_grad: `loss_and_grad(model, batch) -> ((loss_sum, num_tokens), grads)`.
             batch: every array in it has the rows as its first axis.
+
+        Raises:
+            ValueError: an array of `batch` has other rows than `batch["tokens"]`.
         """
         slices = self._slices(batch)
-        if len(slices) == 1:
+        number = min(self._num_threads, len(slices), _affordable(model))
+        if number < 2:
             return None
         # A thread cannot compute what another one left lazy: weights, or what a module keeps beside them.
-        mx.eval(slices, [value for module in model.modules() for value in module.values() if isinstance(value, mx.array)])
-        number = min(self._num_threads, len(slices))
+        mx.eval(slices, model)
+        # Each thread has random numbers of its own, which do not depend on this one's.
+        seeds = mx.random.randint(0, 2**31 - 1, (len(slices),)).tolist()
+        jobs, stop = list(zip(seeds, slices)), threading.Event()
         with self._around():
-            work = [self._pool.submit(self._sum_of, slices[i::number], model, loss_and_grad) for i in range(number)]
-            wait(work)  # for all of them, also when one fails: the others still use the model
+            work = [self._pool.submit(self._sum_of, jobs[i::number], model, loss_and_grad, stop) for i in range(number)]
+            try:
+                wait(work)  # for all of them, also when one fails: the others still use the model
+            except BaseException:  # Ctrl-C
+                stop.set()
+                wait(work)
+                raise
         total = work[0].result()
         for other in work[1:]:
             total = add_sums(total, other.result())
+        total[2] = tree_map(lambda grad, weight: grad.astype(weight.dtype), total[2], model.trainable_parameters())
         mx.eval(total)
         return total
 
     def _slices(self, batch: Batch) -> list[Batch]:
         num_rows, num_tokens = batch["tokens"].shape
+        for name, value in tree_flatten(batch):
+            if hasattr(value, "shape") and value.shape[:1] != (num_rows,):
+                raise ValueError(
+                    f"The batch's {name} has shape {tuple(value.shape)}; row_threads needs arrays whose first axis is "
+                    f"the batch's {num_rows} rows."
+                )
         step = max(1, self.slice_tokens // num_tokens)
-        cut = lambda value, start: value[start : start + step] if isinstance(value, mx.array) else value  # noqa: E731
-        return [{name: cut(value, start) for name, value in batch.items()} for start in range(0, num_rows, step)]
+        rows = [slice(start, start + step) for start in range(0, num_rows, step)]
+        return [tree_map(lambda value: value[some] if hasattr(value, "shape") else value, batch) for some in rows]
 
-    def _sum_of(self, slices: Sequence[Batch], model: nn.Module, loss_and_grad: Callable) -> list[Any]:
+    def _sum_of(
+        self, jobs: Sequence[tuple[int, Batch]], model: nn.Module, loss_and_grad: Callable, stop: threading.Event
+    ) -> list[Any]:
         total = None
-        for batch in slices:
+        for seed, batch in jobs:
+            if stop.is_set():
+                break
+            mx.random.seed(seed)
             total, outputs = self._traced(total, batch, model, loss_and_grad)
             _evaluate(outputs, *total)
         return total
@@ -96,6 +123,12 @@ class RowThreads:
                 # What a trace puts in their place belongs to this thread; after an error also that of frozen ones.
                 model.update(own)
             return add_sums(total, [loss, num_tokens, grads]), outputs
+
+
+def _affordable(model: nn.Module) -> int:
+    """Threads whose gradients fit."""
+    num_trainable = sum(weight.size for _, weight in tree_flatten(model.trainable_parameters()))
+    return 1 + EXTRA_GRADIENT_BYTES // max(num_trainable * mx.float32.size, 1)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import comm
-from parallel import DataParallel, FullyShardedDataParallel, PipelineParallel, TensorParallel, value_and_grad
+from parallel import DataParallel, FullyShardedDataParallel, PipelineParallel, RowThreads, TensorParallel, value_and_grad
 from parallel.resolve import check_plan, plan_for
 from trainer.adapters import load_into, read_adapter
 from trainer.agreement import together
@@ -59,6 +59,7 @@ class Parts:
         batch_dp: data-parallel ranks for which the recipe as written gives this global batch.
         compile_step: compile the local part of a step. Default: on a GPU, where `MLX_DISABLE_COMPILE=1` turns it off;
             on a CPU MLX would run a C++ compiler for every kernel.
+        row_threads: for the local part of a step where it is not compiled; None on GPUs.
     """
 
     recipe: Recipe
@@ -74,6 +75,7 @@ class Parts:
     mesh: comm.Mesh | None = None
     batch_dp: int = 1
     compile_step: bool = field(default_factory=lambda: mx.default_device() == mx.gpu)
+    row_threads: RowThreads | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -88,8 +90,8 @@ class Parts:
     @cached_property
     def step_fn(self) -> Callable:
         """From micro-batches to loss and gradients, of all ranks."""
-        threads = None if self.compile_step else row_threads(self.world.size)
-        return value_and_grad(self.model, self.loss, compile_local=self.compile_step, row_threads=threads)
+        options = {"compile_local": True} if self.compile_step else {"row_threads": self.row_threads}
+        return value_and_grad(self.model, self.loss, **options)
 
     @cached_property
     def optimizer(self) -> Optimizer:
@@ -194,6 +196,7 @@ def build(recipe: Recipe, world: comm.Group, notice: Notice, batch_dp: int | Non
     parts.batch_dp = batch_dp or sizes.dp
     parts.mesh = comm.Mesh.build(comm.MeshShape(**asdict(sizes)), world, recipe.parallel.backend)
     wrap(parts.model, recipe.parallel, parts.mesh)
+    parts.row_threads = row_threads(world)
     checkpoint_layers(parts.model.layers, recipe.gradient_checkpointing)
     parts.model.train()
     return parts

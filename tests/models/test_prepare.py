@@ -148,6 +148,14 @@ def test_causal_conv(segments):
     assert mx.abs(grad(ours) - grad(reference)).max().item() < 1e-4
 
 
+@pytest.mark.parametrize("num_tokens", [1, 2])
+def test_causal_conv_of_few_tokens(num_tokens):
+    """Catches rows shorter than the convolution's reach, whose taps all lie before them."""
+    x, weight = mx.random.normal((2, num_tokens + 3, 5)), mx.random.normal((5, 4, 1))
+    y = causal_conv(x, weight, segments=mx.ones((2, num_tokens), dtype=mx.int32))
+    assert mx.abs(y - mx.conv1d(x, weight, groups=5)).max().item() < 1e-5
+
+
 def test_kimi_segments_reach_nested_convolutions():
     """Catches convolutions inside a layer's parts that look across documents: Kimi's KDA layer, packed and
     alone.

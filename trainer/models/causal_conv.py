@@ -53,7 +53,8 @@ def _same_document(segments: mx.array, taps: int, dtype: mx.Dtype) -> list[mx.ar
     """For each tap but the last (the token itself): 1 where it reads the token's own document, (B, T, 1)."""
     inside: list[mx.array | None] = []
     for distance in range(taps - 1, 0, -1):
-        before = mx.pad(segments[:, :-distance], [(0, 0), (distance, 0)], constant_values=-1)
+        outside = min(distance, segments.shape[1])
+        before = mx.pad(segments[:, :-distance], [(0, 0), (outside, 0)], constant_values=-1)
         # What came before the row (number -1) belongs to the row's first document.
         before = mx.where(before == -1, segments[:, :1], before)
         inside.append((before == segments).astype(dtype)[..., None])
