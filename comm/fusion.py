@@ -9,7 +9,7 @@ only: the caller divides.
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -80,7 +80,7 @@ class GradientFusion:
         self.message_bytes = sum(sizes)
         if self.bucket_bytes is None:
             self.bucket_bytes = self._measured(sum(sizes))
-        plan = plan_buckets(sizes, [str(wire.dtype) for wire in wires], self.bucket_bytes)
+        plan = plan_buckets(sizes, [wire.dtype for wire in wires], self.bucket_bytes)
         # All of them are asked for before the first starts: on a host whose cores the messages
         # keep busy, Python would be slow to ask for the next one.
         totals = [self.group.all_sum(_join([wires[i] for i in bucket])) for bucket in plan]
@@ -116,7 +116,7 @@ class GradientFusion:
 
 
 def plan_buckets(
-    sizes: Sequence[int], dtypes: Sequence[str], bucket_bytes: int
+    sizes: Sequence[int], dtypes: Sequence[Hashable], bucket_bytes: int
 ) -> list[list[int]]:
     """Which arrays travel together, in the order in which the messages leave.
 
@@ -127,17 +127,21 @@ def plan_buckets(
 
     Args:
         sizes: Bytes of each array.
-        dtypes: Dtype name of each array.
+        dtypes: Dtype of each array.
         bucket_bytes: Bytes of a full bucket.
     """
     plan: list[list[int]] = []
-    filling: dict[str, list[int]] = {}
+    filling: dict[Hashable, list[int]] = {}
+    filled: dict[Hashable, int] = {}
     for i in reversed(range(len(sizes))):
-        bucket = filling.setdefault(dtypes[i], [])
-        if bucket and sum(sizes[j] for j in bucket) + sizes[i] > bucket_bytes:
+        dtype = dtypes[i]
+        bucket = filling.setdefault(dtype, [])
+        num_bytes = filled.get(dtype, 0) + sizes[i]
+        if bucket and num_bytes > bucket_bytes:
             plan.append(bucket)
-            bucket = filling[dtypes[i]] = []
+            bucket, num_bytes = [], sizes[i]
         bucket.append(i)
+        filling[dtype], filled[dtype] = bucket, num_bytes
     return [bucket[::-1] for bucket in [*plan, *filling.values()]]
 
 
