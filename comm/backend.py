@@ -5,6 +5,7 @@ called strictly and only with a complete environment: it would otherwise remembe
 rank for ever.
 """
 
+import atexit
 import faulthandler
 import functools
 import json
@@ -81,6 +82,7 @@ def _world(backend: str) -> Group:
     if not CAPABILITIES[backend].split:
         world.splitter = SubGroups(world)
     world.watchdog = start_watchdog(world)
+    atexit.register(world.connections.finish)  # before the watchdog's end, which was registered before
     faulthandler.cancel_dump_traceback_later()
     return world
 

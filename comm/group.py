@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from comm.capabilities import CAPABILITIES, Capabilities
+from comm.connections import Connection, Connections
 from comm.debug import check_calls, encode_call
 from comm.progress import Progress
 
@@ -30,7 +31,10 @@ class Group:
         stream: Stream of all operations. Default: a new one on the backend's device.
         splitter: Makes sub-groups where MLX cannot: `splitter(group, color, key) -> Group`.
         progress: Where operations are recorded. Default: a new record.
+        connections: What keeps MLX's groups open, for all groups of a world. Default: a new one.
     """
+
+    _connection: Connection | None = None
 
     def __init__(
         self,
@@ -43,6 +47,7 @@ class Group:
         stream: mx.Stream | None = None,
         splitter: "Callable[[Group, int, int], Group] | None" = None,
         progress: Progress | None = None,
+        connections: Connections | None = None,
     ):
         self._native = native
         self._backend = backend
@@ -51,9 +56,12 @@ class Group:
         self.capabilities = capabilities or CAPABILITIES.get(backend, SOLO)
         self.members = members or tuple(range(self._size))
         self.progress = progress or Progress()
+        self.connections = connections or Connections()
         self.watchdog: Any = None
         self._engine = engine
         self._stream = stream
+        if stream is not None:
+            self._connect()
         self.splitter = splitter
         self._debug = os.environ.get("COMM_DEBUG") == "1"
         self._num_calls = 0
@@ -78,7 +86,11 @@ class Group:
         """The stream that all of this group's operations run on."""
         if self._stream is None:
             self._stream = mx.new_stream(mx.Device(getattr(mx, self.capabilities.device), 0))
+            self._connect()
         return self._stream
+
+    def __del__(self) -> None:
+        self._disconnect()
 
     def __repr__(self) -> str:
         return f"Group(rank={self.rank}, size={self.size}, backend={self.backend!r})"
@@ -220,9 +232,21 @@ class Group:
         """Goes on over another connection between the same ranks in the same order."""
         same = (native.rank(), native.size()) == (self.rank, self.size)
         assert same, f"{self} cannot become rank {native.rank()} of {native.size()}"
+        self._disconnect()
         self._native = native
+        if self._stream is not None:
+            self._connect()
+
+    def _connect(self) -> None:
+        if self._native is not None:
+            self._connection = self.connections.add(self._native, self._stream)
+
+    def _disconnect(self) -> None:
+        if self._connection is not None:
+            self._connection.is_dropped = True
 
     def _native_split(self, color: int, key: int) -> "Group":
+        self.connections.close_dropped()
         order = key if key >= 0 else self.rank
         row = mx.array([color, order, self.members[self.rank]], dtype=mx.int32)
         rows = self.all_gather(row[None]).tolist()
@@ -239,6 +263,7 @@ class Group:
             engine=self._engine,
             stream=self.stream if self.capabilities.shared_stream else None,
             progress=self.progress,
+            connections=self.connections,
         )
 
     def _reduce(self, operation: str, x: mx.array) -> mx.array:

@@ -53,6 +53,7 @@ class SubGroups:
 
     def split(self, wishes: Sequence[Wish]) -> list[Group]:
         """One group per wish; all ranks must pass the same number of wishes in the same order."""
+        self.world.connections.close_dropped()
         asked = [[wish.parent.members, wish.color, _order(wish)] for wish in wishes]
         table = all_gather_object([own_addresses(os.environ), asked], self.world)
         lineups = [_lineup(table, i, wish) for i, wish in enumerate(wishes)]
@@ -80,6 +81,7 @@ class SubGroups:
             members=tuple(line),
             splitter=self,
             progress=self.world.progress,
+            connections=self.world.connections,
         )
 
     def _restore_default(self, hosts: list[list[str]]) -> None:

@@ -92,3 +92,10 @@ def test_two_by_two(carrier: str, backend: object) -> None:
         assert got["world"] == [carrier, rank, 1111] and got["mixed"] == 1.5, got
         assert got["default"] == [rank, 4] and got["default_sum"] == 1111, got
         assert got["environment_kept"], "MLX_RANK or MLX_HOSTFILE was left changed"
+
+
+@pytest.mark.parametrize("backend", ["ring", "mpi"])
+def test_groups_may_be_dropped_while_they_work(backend: str) -> None:
+    """Catches MLX closing a group under an operation that still runs over it."""
+    ranks = run_ranks(WORKER.with_name("dropped_groups.py"), 3, backend=backend)
+    assert not any(rank.stderr for rank in ranks)

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import ROOT, run_ranks
-from tensor_cases import LORA_CASES, MAIN_CASES, NUM_STEPS, SHORT_CASES
+from ranks import run_ranks
+from tensor_cases import LORA_CASES, MAIN_CASES, NUM_STEPS, PATHS, SHORT_CASES, TIMEOUT_SECONDS
 from tensor_models import save_large_model
 
 HERE = Path(__file__).parent
-PATHS = os.pathsep.join(map(str, (ROOT, ROOT / "tests", HERE)))
 CHECKS = [
     "message_counts",
     "generation",
@@ -29,7 +28,6 @@ CHECKS = [
     "loading_memory",
 ]
 WIDE_CHECKS = ["round_trip", "generation", "deep_meshes"]
-TIMEOUT_SECONDS = 300
 
 
 def launch(

@@ -1,16 +1,22 @@
 """What the parity tests train: cases, a loss through `hidden_and_head`, and a few optimizer steps."""
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten
+from ranks import ROOT
 from tensor_models import METHODS, make_model, prepare
 
 from parallel import clip_grad_norm, cross_entropy, hidden_and_head, value_and_grad
 
+# Where the workers find what they import.
+PATHS = os.pathsep.join(map(str, (ROOT, ROOT / "tests", Path(__file__).parent)))
+TIMEOUT_SECONDS = 300
 NUM_STEPS = 20
 ROWS, TOKENS = 2, 13
 MAIN_CASES = [f"{a}:{m}" for a in ("llama", "qwen3", "qwen3_moe", "qwen3_5") for m in METHODS]

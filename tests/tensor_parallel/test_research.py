@@ -9,9 +9,9 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from conftest import PATHS, TIMEOUT_SECONDS
 from mlx.utils import tree_flatten
 from ranks import run_ranks
+from tensor_cases import PATHS, TIMEOUT_SECONDS
 from tensor_models import BASE, make_model
 
 from trainer.data import build_tokenizer
