@@ -88,6 +88,7 @@ def kill_group(process: subprocess.Popen, number: int) -> None:
     """Sends a signal to the program and everything that it started."""
     try:
         os.killpg(process.pid, number)
+        os.killpg(process.pid, signal.SIGCONT)  # a program that was stopped hears of it only then
     except (ProcessLookupError, PermissionError):
         pass  # all of them have ended
 
@@ -102,7 +103,6 @@ def _obey(process: subprocess.Popen) -> None:
         message = json.loads(line)
         if "signal" in message:
             kill_group(process, message["signal"])
-            kill_group(process, signal.SIGCONT)  # a program that was stopped hears of it only then
         else:
             typed.put(message["input"])
     kill_group(process, signal.SIGTERM)  # mpirun ends its ranks only on this one

@@ -82,7 +82,8 @@ def _world(backend: str) -> Group:
     if not CAPABILITIES[backend].split:
         world.splitter = SubGroups(world)
     world.watchdog = start_watchdog(world)
-    atexit.register(world.connections.finish)  # before the watchdog's end, which was registered before
+    # Called before the watchdog's end, which was registered before.
+    atexit.register(world.connections.finish)
     faulthandler.cancel_dump_traceback_later()
     return world
 

@@ -1,8 +1,8 @@
 """MLX's groups, kept open for as long as operations may run over them.
 
-MLX's running operations do not keep their group alive. When Python lets go of it, a ring's sockets are closed under
-them and MPI crashes: after a token that was generated ahead and dropped, say, or at the end of a program that did not
-look at its last result.
+MLX's running operations do not keep their group alive. When Python lets go of it, a ring's sockets
+are closed under them and MPI crashes: after a token that was generated ahead and dropped, say, or
+at the end of a program that did not look at its last result.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ import mlx.core as mx
 
 @dataclass(eq=False)
 class Connection:
-    """One of MLX's groups, the stream of its operations, and whether nothing else than these may use it."""
+    """One of MLX's groups, the stream of its operations, and whether only these may still use it."""
 
     native: mx.distributed.Group
     stream: mx.Stream
@@ -41,5 +41,5 @@ class Connections:
         for connection in self._open:
             try:
                 mx.synchronize(connection.stream)
-            except RuntimeError:  # of an operation that nobody looks at: a peer is gone, which the watchdog tells
-                pass
+            except RuntimeError:
+                pass  # a peer is gone, which the watchdog tells; nobody looks at the result

@@ -131,18 +131,15 @@ def plan_buckets(
         bucket_bytes: Bytes of a full bucket.
     """
     plan: list[list[int]] = []
-    filling: dict[Hashable, list[int]] = {}
-    filled: dict[Hashable, int] = {}
+    filling: dict[Hashable, tuple[list[int], int]] = {}  # a bucket and its bytes
     for i in reversed(range(len(sizes))):
-        dtype = dtypes[i]
-        bucket = filling.setdefault(dtype, [])
-        num_bytes = filled.get(dtype, 0) + sizes[i]
-        if bucket and num_bytes > bucket_bytes:
+        bucket, num_bytes = filling.get(dtypes[i], ([], 0))
+        if bucket and num_bytes + sizes[i] > bucket_bytes:
             plan.append(bucket)
-            bucket, num_bytes = [], sizes[i]
+            bucket, num_bytes = [], 0
         bucket.append(i)
-        filling[dtype], filled[dtype] = bucket, num_bytes
-    return [bucket[::-1] for bucket in [*plan, *filling.values()]]
+        filling[dtypes[i]] = (bucket, num_bytes + sizes[i])
+    return [bucket[::-1] for bucket in [*plan, *(bucket for bucket, _ in filling.values())]]
 
 
 def _join(arrays: list[mx.array]) -> mx.array:

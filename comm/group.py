@@ -60,8 +60,7 @@ class Group:
         self.watchdog: Any = None
         self._engine = engine
         self._stream = stream
-        if stream is not None:
-            self._connect()
+        self._connect()
         self.splitter = splitter
         self._debug = os.environ.get("COMM_DEBUG") == "1"
         self._num_calls = 0
@@ -234,11 +233,10 @@ class Group:
         assert same, f"{self} cannot become rank {native.rank()} of {native.size()}"
         self._disconnect()
         self._native = native
-        if self._stream is not None:
-            self._connect()
+        self._connect()
 
     def _connect(self) -> None:
-        if self._native is not None:
+        if self._native is not None and self._stream is not None:
             self._connection = self.connections.add(self._native, self._stream)
 
     def _disconnect(self) -> None:

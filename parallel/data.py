@@ -37,12 +37,11 @@ class DataParallel(Wrapper):
     ):
         group = self.join("dp_replicate", group)
         state = self.parallel_state
-        own = self.trainable_parameters()
         if group.size > 1:
-            own = tree_map(group.broadcast, own)
+            weights = tree_map(group.broadcast, self.trainable_parameters())
             # Left lazy, they would be sent when a rank first needs them, which may be before or after other messages.
-            mx.eval(own)
-            self.update(own)
+            mx.eval(weights)
+            self.update(weights)
         state.loss_groups.append(group)
         fusion = comm.GradientFusion(group, bucket_bytes=bucket_bytes, wire_dtype=wire_dtype)
         state.fusions.append(fusion)

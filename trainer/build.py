@@ -17,8 +17,9 @@ from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import comm
-from parallel import DataParallel, FullyShardedDataParallel, PipelineParallel, RowThreads, TensorParallel, value_and_grad
+from parallel import DataParallel, FullyShardedDataParallel, PipelineParallel, TensorParallel, value_and_grad
 from parallel.resolve import check_plan, plan_for
+from parallel.row_threads import RowThreads
 from trainer.adapters import load_into, read_adapter
 from trainer.agreement import together
 from trainer.batches import Share, TrainingBatches

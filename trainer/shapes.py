@@ -76,7 +76,9 @@ def planned_model(recipe: Recipe) -> PlannedModel:
     settings = replace(recipe.model, config=config)
     if settings.dtype == "auto":
         settings = replace(settings, dtype="bfloat16")
-        notices.append("model.dtype: auto is counted as bfloat16, as on a GPU; a CPU would take float32, and rows in slices")
+        notices.append(
+            "model.dtype: auto is counted as bfloat16, as on a GPU; a CPU would take float32, and rows in slices"
+        )
     base = open_shapes(settings, _vocabulary(recipe.model, text_config), recipe.seed)
     notices += _quantize(base, recipe.model)
     is_packed = recipe.data.packing is not False and packing_supported(base.model) is None

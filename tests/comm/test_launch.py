@@ -113,7 +113,6 @@ def test_a_killed_launcher_leaves_no_orphan(tmp_path: Path) -> None:
     wait_for(lambda: not any(is_alive(pid) for pid in pids), "the ranks to end")
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
 def test_a_stopped_rank_ends_with_the_job() -> None:
     """Catches a rank that SIGSTOP holds, and with it the job, beyond the time-out and ten seconds."""
     command = [sys.executable, "-m", "comm", "launch", "-n", "2", "--timeout", "3", "--"]
@@ -129,6 +128,7 @@ def test_a_stopped_rank_ends_with_the_job() -> None:
     assert time.monotonic() - start < 3 + 10
 
 
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
 def test_the_launcher_does_not_spin(tmp_path: Path) -> None:
     """Catches a busy loop: launcher and agents together use under 2 % of a core."""
     launcher, _ = start_sleepers(tmp_path, 4)

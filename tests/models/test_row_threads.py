@@ -10,11 +10,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from ranks import run_ranks
 from steps import CASES, FULL, Counted, assert_equal, batch_of, build
 
 import comm
 from parallel import DataParallel, RowThreads, TensorParallel, value_and_grad
-from ranks import run_ranks
 from trainer.machine import row_threads, usable_cores
 
 ROWS, LENGTH = 5, 48
