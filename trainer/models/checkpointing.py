@@ -1,8 +1,9 @@
 """Gradient checkpointing of decoder layers: keep a layer's input, compute its inside again in the backward pass.
 
-Exact as long as the layer is a function of its input, its parameters and what the caller fixed for the batch
+Exact as long as the layer is a function of its arguments, its parameters and what the caller fixed for the batch
 (masks, segments, keyed dropout): MLX's own ``nn.Dropout`` would draw another mask the second time (arXiv
-1604.06174).
+1604.06174). Every array argument gets its gradient, also inside tuples, lists and dicts; arrays that hang on other
+objects are constants.
 """
 
 from functools import lru_cache
@@ -18,12 +19,12 @@ def checkpoint_layers(layers: list[nn.Module], every: bool | int = True) -> None
     the backward pass.
 
     Args:
-        layers: a model's decoder layers, with adapters and wrappers in place. The first argument of their
-            ``__call__`` is the input.
+        layers: a model's decoder layers, with adapters and wrappers in place.
         every: True or 1 for all layers, k for the k-th, 2k-th, ...; False for none.
 
     Raises:
         ValueError: ``every`` is a negative number, or a layer draws dropout masks that a second pass would not see.
+            A layer that changes an object passed to it raises it when it is first called.
     """
     step = int(every)
     if step < 0:
@@ -37,20 +38,39 @@ def checkpoint_layers(layers: list[nn.Module], every: bool | int = True) -> None
 
 @lru_cache(maxsize=None)
 def _checkpointed(cls: type) -> type:
-    def call(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:  # noqa: ANN001
+    def call(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN001
         if not self.training:
-            return cls.__call__(self, x, *args, **kwargs)
+            return cls.__call__(self, *args, **kwargs)
         parameters = tree_flatten(self.trainable_parameters())
         names = [name for name, _ in parameters]
 
-        def inside(arrays: list[mx.array], x: mx.array) -> mx.array:
+        def inside(arrays: list[mx.array], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             self.update(tree_unflatten(list(zip(names, arrays))))
+            before = _held((args, kwargs))
             try:
-                return cls.__call__(self, x, *args, **kwargs)
+                outputs = cls.__call__(self, *args, **kwargs)
             finally:
                 # The arrays seen here belong to one trace; left in place they would keep its whole graph.
                 self.update(tree_unflatten(parameters))
+            if _held((args, kwargs)) != before:
+                raise ValueError(
+                    f"gradient_checkpointing: {cls.__module__}.{cls.__name__} changes an object that is passed to it, "
+                    "which a second pass would change again; train this model with gradient_checkpointing=false."
+                )
+            return outputs
 
-        return mx.checkpoint(inside)([array for _, array in parameters], x)
+        return mx.checkpoint(inside)([array for _, array in parameters], args, kwargs)
 
     return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__, "__doc__": cls.__doc__})
+
+
+def _held(value: Any, seen: tuple[int, ...] = ()) -> Any:
+    """Identities of what ``value`` and the objects in it hold, by which a change of any of them shows."""
+    if isinstance(value, (mx.array, nn.Module)) or id(value) in seen:
+        return id(value)
+    seen += (id(value),)
+    if isinstance(value, dict):
+        return [(key, _held(item, seen)) for key, item in value.items()]
+    if isinstance(value, (list, tuple)):
+        return [_held(item, seen) for item in value]
+    return id(value), _held(getattr(value, "__dict__", ()), seen)
