@@ -1,0 +1,104 @@
+"""Programs on several machines with network stacks of their own: starting, cables, and machines that go away."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from machines import Desk, why_not
+
+ROOT = Path(__file__).parents[2]
+JOB = str(ROOT / "tests" / "comm" / "workers" / "job.py")
+STEPS = str(Path(__file__).parent / "workers" / "steps.py")
+TIMEOUT_SECONDS = 5
+
+
+@pytest.fixture
+def make_desk() -> Iterator[Callable[..., Desk]]:
+    """Makes desks that are taken down after the test."""
+    if reason := why_not():
+        pytest.skip(reason)
+    made: list[Desk] = []
+
+    def make(count: int, cables: bool = False) -> Desk:
+        made.append(Desk(count, cables))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+@pytest.mark.parametrize("cables", [False, True])
+def test_three_machines_from_a_fourth(make_desk: Callable[..., Desk], tmp_path: Path, cables: bool) -> None:
+    """Catches control traffic on a cable, which only its two ends reach."""
+    job = launch(make_desk(3, cables), tmp_path, JOB, "sum")
+    output, _ = job.communicate(timeout=120)
+    assert job.returncode == 0, output
+    assert output.count("of 3 on ring: 3.0") == 3, output
+
+
+def test_mlx_launch_on_a_ring_of_cables(make_desk: Callable[..., Desk], tmp_path: Path) -> None:
+    """Catches a watchdog that ends a healthy job, because two machines without a cable do not reach each other."""
+    desk = make_desk(3, cables=True)
+    command = [
+        str(Path(sys.executable).parent / "mlx.launch"), "--hostfile", hostfile(desk, tmp_path), "--backend", "ring",
+        "--python", sys.executable, "--cwd", str(ROOT), "--env", f"PYTHONPATH={ROOT}", JOB, "sum",
+    ]  # fmt: skip
+    # mlx.launch calls `ssh` by name.
+    (tmp_path / "ssh").write_text(f'#!/bin/sh\nexec /usr/bin/{desk.ssh} "$@"\n')
+    (tmp_path / "ssh").chmod(0o755)
+    job = desk.start("env", f"PATH={tmp_path}:/usr/bin:/bin", *command)
+    output, _ = job.communicate(timeout=120)
+    assert output.count("of 3 on ring: 3.0") == 3, output
+
+
+def test_a_machine_that_vanishes(make_desk: Callable[..., Desk], tmp_path: Path) -> None:
+    """Catches a launcher that waits for ever for the connection to a machine without power."""
+    desk = make_desk(2)
+    job = launch(desk, tmp_path, STEPS)
+    seconds, output = after(job, 2, lambda: desk.unplug(1))
+    assert job.returncode not in (0, None), output
+    assert seconds < TIMEOUT_SECONDS + 10, f"{seconds:.1f} s\n{output}"
+    assert "10.77.0.2" in output, output
+
+
+@pytest.mark.usefixtures("exhaustive")
+def test_a_cable_that_is_pulled_out(make_desk: Callable[..., Desk], tmp_path: Path) -> None:
+    """Catches a message that blames every rank where one cable is at fault."""
+    desk = make_desk(3, cables=True)
+    job = launch(desk, tmp_path, STEPS)
+    seconds, output = after(job, 3, lambda: desk.cut(1))
+    assert job.returncode not in (0, None), output
+    assert seconds < TIMEOUT_SECONDS + 10, f"{seconds:.1f} s\n{output}"
+
+
+def after(job: "subprocess.Popen[str]", count: int, fault: Callable[[], None]) -> tuple[float, str]:
+    """Waits until `count` ranks are under way; gives the seconds from the fault to the job's end, and its output."""
+    output = ""
+    while output.count("under way") < count:
+        line = job.stdout.readline()
+        assert line, f"the job ended before the fault:\n{output}"
+        output += line
+    fault()
+    began = time.monotonic()
+    rest, _ = job.communicate(timeout=120)
+    return time.monotonic() - began, output + rest
+
+
+def hostfile(desk: Desk, folder: Path) -> str:
+    path = folder / "hosts.json"
+    path.write_text(json.dumps(desk.hosts()))
+    return str(path)
+
+
+def launch(desk: Desk, folder: Path, *command: str) -> "subprocess.Popen[str]":
+    return desk.start(
+        sys.executable, "-m", "comm", "launch", "--hostfile", hostfile(desk, folder), "--ssh", desk.ssh,
+        "--python", sys.executable, "--cwd", str(ROOT), "--timeout", str(TIMEOUT_SECONDS), "--",
+        "env", f"PYTHONPATH={ROOT}", sys.executable, *command, cwd=ROOT,
+    )  # fmt: skip
