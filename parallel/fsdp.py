@@ -39,8 +39,20 @@ class FullyShardedDataParallel(Wrapper):
             the backward pass: least memory. False keeps them in between: a third less traffic.
         wire_dtype: dtype in which gradients are summed; None = their own. Default: float32.
 
+    Raises:
+        ValueError: the layers are not where mlx-lm's text models have them; the module stays as it was.
+
     Sources: Rajbhandari et al., ZeRO (arXiv 1910.02054); Zhao et al., PyTorch FSDP (arXiv 2304.11277).
     """
+
+    def __new__(cls, module: nn.Module, group: comm.Group | None = None, **options: Any) -> "FullyShardedDataParallel":
+        """`module` itself, its class extended."""
+        if isinstance(module, nn.Module) and not hasattr(getattr(text_model(module), "model", None), "layers"):
+            raise ValueError(
+                f"FullyShardedDataParallel does not know where the layers of {type(module).__module__}."
+                f"{type(module).__name__} are; it divides models that have them at `model.layers`."
+            )
+        return super().__new__(cls, module, group, **options)
 
     def __init__(
         self,
@@ -185,7 +197,8 @@ def _units(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _owns_arrays(module: nn.Module) -> bool:
-    return any(isinstance(value, mx.array) for value in module.values())
+    """Whether the module has weights of its own; a private array is a constant, which stays whole."""
+    return any(isinstance(value, mx.array) and not name.startswith("_") for name, value in module.items())
 
 
 def _shard_arrays(unit: nn.Module, group: comm.Group) -> None:
@@ -202,9 +215,12 @@ def _shard_arrays(unit: nn.Module, group: comm.Group) -> None:
 
 
 def _extend_leaves(unit: nn.Module) -> None:
+    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+    # What is linear in its input and returns one array: not every module with a matrix (routers return a choice too).
+    kinds = (nn.Linear, nn.QuantizedLinear, nn.Conv1d, SwitchLinear, QuantizedSwitchLinear)
     for _, leaf in unit.named_modules():
-        is_leaf = not any(isinstance(value, (nn.Module, dict, list)) for value in leaf.values())
-        if is_leaf and leaf is not unit and isinstance(leaf.get("weight"), mx.array) and leaf.weight.ndim > 1:
+        if leaf is not unit and isinstance(leaf, kinds):
             leaf.whole_again = None
             leaf.__class__ = resharded_class(type(leaf))
 

@@ -77,6 +77,23 @@ def test_layers_stay_what_they_were() -> None:
     assert type(unwrap(model)).__name__ == "Model"
 
 
+def test_a_model_whose_layers_stand_elsewhere() -> None:
+    """Catches a stack that is divided as one unit, or left half wrapped by the refusal."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    names = [name for name, _ in tree_flatten(model.parameters())]
+    with pytest.raises(ValueError, match="where the layers of mlx.nn.layers.containers.Sequential are"):
+        FullyShardedDataParallel(model, comm.solo())
+    assert type(model) is nn.Sequential and [name for name, _ in tree_flatten(model.parameters())] == names
+
+
+def test_a_matrix_alone_is_no_linear_layer() -> None:
+    """Catches a router, which returns a choice beside the scores, being differentiated as a linear layer."""
+    model = FullyShardedDataParallel(make_model("deepseek_v3"), comm.solo())
+    gate = model.layers[1].mlp.gate
+    assert gate.weight.ndim == 2 and not isinstance(gate, ReshardedLeaf)
+    assert isinstance(model.layers[1].mlp.switch_mlp.up_proj, ReshardedLeaf)
+
+
 def test_gradients_without_target_tokens() -> None:
     """Catches NaN where a batch has no target token at all."""
     model = FullyShardedDataParallel(make_model("qwen3"), comm.solo())

@@ -52,6 +52,8 @@ LAUNCHES = {
             Case("qwen3_5", "full", **FSDP),
             Case("qwen3_moe", "full", **FSDP),
             Case("gemma3", "lora", **FSDP),
+            Case("deepseek_v3", "full", **FSDP),
+            Case("falcon_h1", "full", **FSDP),
             Case("qwen3", "qlora", **FSDP),
         ],
         checks=CHECKS,

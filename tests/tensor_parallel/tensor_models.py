@@ -50,6 +50,39 @@ GRANITE = {
     "attention_bias": True,
     "mlp_bias": True,
 }
+LATENT_ATTENTION = {
+    "kv_lora_rank": 32,
+    "q_lora_rank": 32,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 64,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+}
+STATE_SPACE = {
+    "mamba_n_heads": 4,
+    "mamba_d_head": 32,
+    "mamba_d_ssm": 128,
+    "mamba_d_state": 16,
+    "mamba_d_conv": 4,
+    "mamba_n_groups": 1,
+    "mamba_expand": 2,
+    "mamba_proj_bias": False,
+    "mamba_conv_bias": True,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": True,
+    "lm_head_multiplier": 1.0,
+}
 # architecture -> mlx-lm module, changes to BASE
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"tie_word_embeddings": True, "mlp_bias": True, "attention_bias": True}),
@@ -64,7 +97,10 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("phi3", {}),
     "qwen2_moe": ("qwen2_moe", EXPERTS),
     "smollm3": ("smollm3", {"no_rope_layer_interval": 2}),
+    "deepseek_v3": ("deepseek_v3", LATENT_ATTENTION),
+    "falcon_h1": ("falcon_h1", STATE_SPACE),
 }
+DIVIDED_BY_LAYER_ONLY = ("deepseek_v3", "falcon_h1")  # FSDP takes them; they have no tensor-parallel plan
 NESTED = ("qwen3_5", "qwen3_5_moe", "gemma3")
 METHODS = ("full", "lora", "dora", "qlora")
 
