@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 
 def checkpoint_layers(layers: list[nn.Module], every: bool | int = True) -> None:
@@ -43,23 +43,26 @@ def _checkpointed(cls: type) -> type:
             return cls.__call__(self, *args, **kwargs)
         parameters = tree_flatten(self.trainable_parameters())
         names = [name for name, _ in parameters]
+        given = [leaf for _, leaf in tree_flatten((args, kwargs)) if isinstance(leaf, mx.array)]
 
-        def inside(arrays: list[mx.array], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            self.update(tree_unflatten(list(zip(names, arrays))))
-            before = _held((args, kwargs))
+        def inside(weights: list[mx.array], given: list[mx.array]) -> Any:
+            left = iter(given)
+            seen = tree_map(lambda leaf: next(left) if isinstance(leaf, mx.array) else leaf, (args, kwargs))
+            before = _held(seen)
+            self.update(tree_unflatten(list(zip(names, weights))))
             try:
-                outputs = cls.__call__(self, *args, **kwargs)
+                outputs = cls.__call__(self, *seen[0], **seen[1])
             finally:
                 # The arrays seen here belong to one trace; left in place they would keep its whole graph.
                 self.update(tree_unflatten(parameters))
-            if _held((args, kwargs)) != before:
+            if _held(seen) != before:
                 raise ValueError(
                     f"gradient_checkpointing: {cls.__module__}.{cls.__name__} changes an object that is passed to it, "
                     "which a second pass would change again; train this model with gradient_checkpointing=false."
                 )
             return outputs
 
-        return mx.checkpoint(inside)([array for _, array in parameters], args, kwargs)
+        return mx.checkpoint(inside)([array for _, array in parameters], given)
 
     return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__, "__doc__": cls.__doc__})
 
