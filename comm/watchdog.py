@@ -16,10 +16,11 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from comm.addresses import own_addresses
+from comm.control_port import ControlPort, Peer
 from comm.group import Group
 from comm.heartbeat import Channel, Malformed
 from comm.ending import GRACE_SECONDS, farewells, leave_after
@@ -29,7 +30,6 @@ from comm.progress import Progress
 _log = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT_SECONDS = 300.0
-UNKNOWN_SECONDS = 10.0  # for a connection to say which rank it is
 
 
 @dataclass
@@ -92,16 +92,6 @@ def timeout_seconds(environ: Mapping[str, str]) -> float:
     return seconds
 
 
-@dataclass
-class _Peer:
-    """Rank 0's view of a connection."""
-
-    channel: Channel
-    name: str
-    rank: int | None = None
-    heard: float = field(default_factory=time.monotonic)
-
-
 class Watchdog:
     """The heartbeat of one rank, in a thread of its own that never touches MLX.
 
@@ -124,8 +114,7 @@ class Watchdog:
         self._main = threading.main_thread().ident
         self._place: tuple[Any, ...] = ()
         self._moved = self._ticked = self._hub_heard = time.monotonic()
-        self._peers: list[_Peer] = []
-        self._listener: socket.socket | None = None
+        self._port: ControlPort | None = None
         self._hub: Channel | None = None
         self._hub_died = False
         self._selector = selectors.DefaultSelector()
@@ -135,9 +124,7 @@ class Watchdog:
     def start(self, listener: socket.socket | None, endpoint: tuple[str, int]) -> None:
         """Rank 0 listens; the others connect to `endpoint`."""
         if listener is not None:
-            listener.setblocking(False)
-            self._listener = listener
-            self._selector.register(listener, selectors.EVENT_READ)
+            self._port = ControlPort(listener, self._secret, self._selector, len(self.table))
         else:
             sock = socket.create_connection(endpoint, timeout=self.timeout_seconds)
             self._hub = Channel(sock, self._secret, listener=False)
@@ -152,6 +139,10 @@ class Watchdog:
         """Says goodbye: this rank ends as it should."""
         self._closing.set()
         self._thread.join(timeout=5)
+
+    @property
+    def _peers(self) -> list[Peer]:
+        return self._port.peers if self._port else []
 
     def _run(self) -> None:
         while not self._closing.is_set():
@@ -176,29 +167,27 @@ class Watchdog:
         hub.send({"rank": self.rank, "status": asdict(status)})
 
     def _read(self, events: list[Any]) -> None:
-        for key, _ in events:
-            if key.fileobj is self._listener:
-                self._accept()
         if self._hub and self._hub.open:
             self._read_hub(self._hub)
-        for peer in list(self._peers):
+        if self._port:
+            if any(key.fileobj is self._port.listener for key, _ in events):
+                self._port.accept()
+            self._read_peers(self._port)
+
+    def _read_peers(self, port: ControlPort) -> None:
+        for peer in list(port.peers):
             try:
                 for message in peer.channel.receive():
                     self._note(peer, message)
             except (Malformed, ValueError, KeyError, TypeError) as error:
                 _log.warning("dropped %s from %s", error, peer.name)
-                self._drop(peer)
+                port.drop(peer)
+                continue
             if not peer.channel.open:
+                port.drop(peer)
                 self._lost(peer)
 
-    def _accept(self) -> None:
-        assert self._listener is not None, "only rank 0 listens"
-        sock, address = self._listener.accept()
-        peer = _Peer(Channel(sock, self._secret, listener=True), f"{address[0]}:{address[1]}")
-        self._peers.append(peer)
-        self._selector.register(sock, selectors.EVENT_READ)
-
-    def _note(self, peer: _Peer, message: dict[str, Any]) -> None:
+    def _note(self, peer: Peer, message: dict[str, Any]) -> None:
         rank = message["rank"]
         peer.rank, peer.heard = rank, time.monotonic()
         self.table[rank] = RankStatus(**message["status"])
@@ -219,15 +208,7 @@ class Watchdog:
         if not hub.open:
             self._selector.unregister(hub.sock)
 
-    def _drop(self, peer: _Peer) -> None:
-        self._selector.unregister(peer.channel.sock)
-        peer.channel.close()
-        self._peers.remove(peer)
-
-    def _lost(self, peer: _Peer) -> None:
-        if peer not in self._peers:
-            return
-        self._drop(peer)
+    def _lost(self, peer: Peer) -> None:
         if peer.rank is not None and not self.table[peer.rank].left:
             self._conclude_later(peer.rank)
 
@@ -235,7 +216,9 @@ class Watchdog:
         now = time.monotonic()
         elapsed, self._ticked = now - self._ticked, now
         self.table[self.rank] = self._own_status(now)
-        if self.rank == 0:
+        if self._port:
+            self._port.listen()
+            self._port.drop_silent_strangers(now)
             self._judge(now, elapsed)
             table = [asdict(status) for status in self.table]
             for peer in self._peers:
@@ -264,12 +247,9 @@ class Watchdog:
 
     def _judge(self, now: float, elapsed: float) -> None:
         """Rank 0 decides: who is silent, who waits too long, who left too early."""
-        for peer in list(self._peers):
+        for peer in self._peers:
             silent = now - peer.heard
-            if peer.rank is None and silent > UNKNOWN_SECONDS:
-                _log.warning("dropped a connection from %s that never said who it is", peer.name)
-                self._drop(peer)
-            elif peer.rank is not None and silent > self.timeout_seconds:
+            if peer.rank is not None and silent > self.timeout_seconds:
                 self._conclude(self._silence(peer.rank, silent))
         paused = any(status.phase and not status.left for status in self.table)
         for rank, status in enumerate(self.table):

@@ -1,6 +1,7 @@
 """Ranks that die, stop, leave, fail or come late: the job ends on every rank, and says why."""
 
 import os
+import selectors
 import socket
 import time
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from comm.control_port import NUM_STRANGERS, ControlPort
 from comm.heartbeat import Channel, Malformed
 from comm.watchdog import timeout_seconds
 from ranks import RankResult, run_ranks
@@ -29,7 +31,12 @@ CASES = {  # what happens, to which rank, on what, and the words that every surv
 }
 
 
-SURVIVED = {"phase": ("1", {"COMM_TIMEOUT": "4"}), "garbage": ("9", {}), "goodbye": ("1", {})}
+SURVIVED = {
+    "phase": ("1", {"COMM_TIMEOUT": "4"}),
+    "garbage": ("9", {}),
+    "goodbye": ("1", {}),
+    "crowd": ("9", {"COMM_TIMEOUT": "3"}),
+}
 
 
 def run(name: str) -> list[RankResult]:
@@ -98,6 +105,32 @@ def test_garbage_on_the_heartbeat_port_is_dropped_and_logged(
     for one in outcomes["garbage"]:
         assert one.returncode == 0 and "finished" in one.stdout, one.stderr
     assert outcomes["garbage"][0].stderr.count("dropped a message") >= 3
+
+
+def test_a_crowd_on_the_heartbeat_port_ends_nothing(
+    outcomes: dict[str, list[RankResult]],
+) -> None:
+    """Catches a watchdog that dies of the last file descriptor, and the job with it."""
+    for one in outcomes["crowd"]:
+        assert one.returncode == 0 and "finished" in one.stdout, one.stderr
+
+
+@pytest.mark.parametrize("num_idle", [3, 100])
+def test_the_control_port_keeps_a_known_rank_and_few_strangers(num_idle: int) -> None:
+    """Catches idle connections piling up, and a rank being dropped instead of one of them."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = ControlPort(listener, "secret", selectors.DefaultSelector(), 2)
+        idle = []
+        for number in range(num_idle):
+            idle.append(socket.create_connection(listener.getsockname()))
+            port.accept()
+            port.peers[0].rank = 1
+        assert len(port.peers) == min(num_idle, 1 + NUM_STRANGERS + 2)
+        assert port.peers[0].rank == 1
+        port.drop_silent_strangers(time.monotonic() + 60)
+        assert [peer.rank for peer in port.peers] == [1]
+        for sock in (*idle, *(peer.channel.sock for peer in port.peers)):
+            sock.close()
 
 
 Ends = tuple[Channel, Channel]

@@ -51,6 +51,19 @@ if kind == "garbage":
                 sock.sendall(junk)
                 time.sleep(0.3)
     time.sleep(1)
+if kind == "crowd":
+    import resource  # noqa: E402
+
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    allowed = len(os.listdir("/dev/fd")) + (8 if group.rank == 0 else 400)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if group.rank == 1:
+        endpoint = world.watchdog._hub.sock.getpeername()
+        crowd = [socket.create_connection(endpoint, timeout=30) for _ in range(377)]
+    for _ in range(10):  # longer than the time-out
+        group.barrier()
+        time.sleep(0.5)
+    assert world.watchdog._thread.is_alive()
 for _ in range(3):
     mx.eval(group.all_sum(mx.ones((100_000,))))
 group.barrier()
