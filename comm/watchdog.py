@@ -1,13 +1,13 @@
 """Ends the job on every rank when one of them died, was stopped, or is missing.
 
 Beside MLX's traffic each rank reports once a second to rank 0, which answers with the table of
-all ranks. A rank waits when it has issued a collective and its main thread has not moved since;
-time that any rank spends in a declared long phase does not count. The end is `os._exit(1)`, as a
-rank inside a collective cannot be reached in any other way.
+all ranks and decides by it (see `judging.py`). The end is `os._exit(1)`, as a rank inside a
+collective cannot be reached in any other way.
 """
 
 import atexit
 import logging
+import math
 import os
 import secrets
 import selectors
@@ -15,8 +15,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from comm.addresses import own_addresses
@@ -24,42 +24,22 @@ from comm.control_port import ControlPort, Peer
 from comm.group import Group
 from comm.heartbeat import Channel, Malformed
 from comm.ending import GRACE_SECONDS, farewells, leave_after
+from comm.judging import Judge, RankStatus, rank_names
 from comm.objects import all_gather_object, broadcast_object
 from comm.progress import Progress
 
 _log = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT_SECONDS = 300.0
-
-
-@dataclass
-class RankStatus:
-    """What is known of one rank.
-
-    Attributes:
-        host: The host's name.
-        number: How many operations it has issued.
-        operation: The last of them.
-        idle_seconds: How long its main thread has been at the same place.
-        phase: The declared long phase it is in, or "".
-        left: It has said goodbye.
-        lost_peer: MLX told it that a neighbour is gone.
-    """
-
-    host: str
-    number: int = 0
-    operation: str = "start"
-    idle_seconds: float = 0.0
-    phase: str = ""
-    left: bool = False
-    lost_peer: bool = False
+DEFAULT_PHASE_TIMEOUT_SECONDS = 600.0
 
 
 def start_watchdog(world: Group, environ: Mapping[str, str] = os.environ) -> "Watchdog | None":
     """Starts the watchdog of `world`; every rank must call it.
 
-    `COMM_TIMEOUT` holds the seconds (0: no watchdog), `COMM_SECRET` the job's secret; without one
-    rank 0 makes it up and sends it over the group.
+    `COMM_TIMEOUT` holds the seconds (0: no watchdog), `COMM_PHASE_TIMEOUT` those of a long phase
+    (0: any number), `COMM_SECRET` the job's secret; without one rank 0 makes it up and sends it
+    over the group.
     """
     timeout = timeout_seconds(environ)
     if world.size == 1 or timeout == 0:
@@ -72,7 +52,8 @@ def start_watchdog(world: Group, environ: Mapping[str, str] = os.environ) -> "Wa
     rows = all_gather_object([own["host"], endpoint], world)
     secret = environ.get("COMM_SECRET") or broadcast_object(secrets.token_hex(16), world)
     hosts = [host for host, _ in rows]
-    watchdog = Watchdog(world.rank, hosts, secret, timeout, world.progress)
+    judge = Judge(timeout, phase_timeout_seconds(environ) or math.inf, _interval_of(timeout))
+    watchdog = Watchdog(world.rank, hosts, secret, judge, world.progress)
     watchdog.start(listener, tuple(rows[0][1]))
     atexit.register(watchdog.close)
     farewells.append(watchdog.close)
@@ -82,14 +63,28 @@ def start_watchdog(world: Group, environ: Mapping[str, str] = os.environ) -> "Wa
 
 def timeout_seconds(environ: Mapping[str, str]) -> float:
     """`COMM_TIMEOUT` in seconds, 300 where it is not set."""
-    text = environ.get("COMM_TIMEOUT", "")
+    return _seconds(environ, "COMM_TIMEOUT", DEFAULT_TIMEOUT_SECONDS)
+
+
+def phase_timeout_seconds(environ: Mapping[str, str]) -> float:
+    """`COMM_PHASE_TIMEOUT` in seconds, 600 where it is not set."""
+    return _seconds(environ, "COMM_PHASE_TIMEOUT", DEFAULT_PHASE_TIMEOUT_SECONDS)
+
+
+def _seconds(environ: Mapping[str, str], name: str, default: float) -> float:
+    text = environ.get(name, "")
     try:
-        seconds = float(text or DEFAULT_TIMEOUT_SECONDS)
+        seconds = float(text or default)
     except ValueError:
         seconds = -1.0
-    if not 0 <= seconds < float("inf"):
-        raise ValueError(f"COMM_TIMEOUT is {text!r}; it must be a number of seconds, 0 for none.")
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"{name} is {text!r}; it must be a number of seconds, 0 for none.")
     return seconds
+
+
+def _interval_of(timeout: float) -> float:
+    """Seconds between two reports."""
+    return min(1.0, timeout / 4)
 
 
 class Watchdog:
@@ -99,18 +94,18 @@ class Watchdog:
         rank: This rank's number.
         hosts: The host name of each rank.
         secret: The job's secret.
-        timeout_seconds: How long a rank may be silent, or wait.
+        judge: Decides by the table; its time-out is also how long a rank may be silent.
         progress: What this rank is doing.
     """
 
     def __init__(
-        self, rank: int, hosts: list[str], secret: str, timeout_seconds: float, progress: Progress
+        self, rank: int, hosts: list[str], secret: str, judge: Judge, progress: Progress
     ):
-        self.rank, self.timeout_seconds, self.progress = rank, timeout_seconds, progress
+        self.rank, self.timeout_seconds, self.progress = rank, judge.timeout_seconds, progress
         self.table = [RankStatus(host) for host in hosts]
-        self._interval = min(1.0, timeout_seconds / 4)
+        self._judge = judge
+        self._interval = _interval_of(judge.timeout_seconds)
         self._secret = secret
-        self._waited = [0.0] * len(hosts)
         self._main = threading.main_thread().ident
         self._place: tuple[Any, ...] = ()
         self._moved = self._ticked = self._hub_heard = time.monotonic()
@@ -219,7 +214,8 @@ class Watchdog:
         if self._port:
             self._port.listen()
             self._port.drop_silent_strangers(now)
-            self._judge(now, elapsed)
+            self._end_the_silent(now)
+            self._end_where_due(range(len(self.table)), elapsed)
             table = [asdict(status) for status in self.table]
             for peer in self._peers:
                 peer.channel.send({"table": table})
@@ -228,65 +224,41 @@ class Watchdog:
             if now - self._hub_heard > self.timeout_seconds:
                 self._conclude(self._silence(0, now - self._hub_heard))
         elif self.table[0].left:
-            self._wait_alone(elapsed)
+            # As it should; from here on this rank knows of itself only.
+            self._end_where_due([self.rank], elapsed)
         elif not self._hub_died:
             self._hub_died = True
             self._conclude_later(0)
 
-    def _own_status(self, now: float) -> RankStatus:
-        number, operation, _ = self.progress.last
-        frame = sys._current_frames().get(self._main or 0)
-        place = (id(frame), frame.f_lasti if frame else 0, number)
-        if place != self._place:
-            self._place, self._moved = place, now
-        host = self.table[self.rank].host
-        idle, phase = now - self._moved, self.progress.phase
-        return RankStatus(
-            host, number, operation, idle, phase, lost_peer=self.progress.lost_peer
-        )
-
-    def _judge(self, now: float, elapsed: float) -> None:
-        """Rank 0 decides: who is silent, who waits too long, who left too early."""
+    def _end_the_silent(self, now: float) -> None:
         for peer in self._peers:
             silent = now - peer.heard
             if peer.rank is not None and silent > self.timeout_seconds:
                 self._conclude(self._silence(peer.rank, silent))
-        paused = any(status.phase and not status.left for status in self.table)
-        for rank, status in enumerate(self.table):
-            if status.left or not status.number or status.idle_seconds < self._interval:
-                self._waited[rank] = 0.0
-            elif not paused:
-                self._waited[rank] += elapsed
-        longest = max(self._waited)
-        if longest > self.timeout_seconds:
-            fewest = min(status.number for status in self.table)
-            late = [rank for rank, status in enumerate(self.table) if status.number == fewest]
-            self._conclude(f"a collective has waited {longest:.0f} s for {self._names(late)}")
-        self._blame_the_left()
 
-    def _wait_alone(self, elapsed: float) -> None:
-        """Rank 0 has left as it should; this rank watches only itself."""
-        status = self.table[self.rank]
-        busy = status.idle_seconds < self._interval or status.phase or not status.number
-        self._waited[self.rank] = 0.0 if busy else self._waited[self.rank] + elapsed
-        waited = self._waited[self.rank]
-        if waited > self.timeout_seconds:
-            self._conclude(f"a collective has waited {waited:.0f} s, and {self._name(0)} has left")
-        self._blame_the_left()
+    def _own_status(self, now: float) -> RankStatus:
+        number, operation, _ = self.progress.last
+        frame = sys._current_frames().get(self._main or 0)
+        place = (id(frame), frame.f_lasti if frame else 0, number, self.progress.num_reports)
+        if place != self._place:
+            self._place, self._moved = place, now
+        host = self.table[self.rank].host
+        idle, phase = now - self._moved, self.progress.phase
+        needs_others, lost_peer = self.progress.needs_others, self.progress.lost_peer
+        return RankStatus(
+            host, number, operation, idle, phase, needs_others, lost_peer=lost_peer
+        )
 
-    def _blame_the_left(self) -> None:
-        left = [rank for rank, status in enumerate(self.table) if status.left]
-        if left and any(status.lost_peer for status in self.table):
-            self._conclude(f"{self._names(left)} ended early, while others still needed it")
+    def _end_where_due(self, ranks: Sequence[int], elapsed: float) -> None:
+        reason = self._judge.reason_to_end(self.table, ranks, elapsed)
+        if reason:
+            self._conclude(reason)
 
     def _silence(self, rank: int, seconds: float) -> str:
         return f"{self._name(rank)} has not answered for {seconds:.0f} s"
 
     def _name(self, rank: int) -> str:
-        return f"rank {rank} ({self.table[rank].host})"
-
-    def _names(self, ranks: list[int]) -> str:
-        return " and ".join(self._name(rank) for rank in ranks)
+        return rank_names(self.table, [rank])
 
     def _conclude_later(self, rank: int) -> None:
         reason = f"{self._name(rank)} died"

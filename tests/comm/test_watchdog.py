@@ -12,7 +12,7 @@ import pytest
 
 from comm.control_port import NUM_STRANGERS, ControlPort
 from comm.heartbeat import Channel, Malformed
-from comm.watchdog import timeout_seconds
+from comm.watchdog import phase_timeout_seconds, timeout_seconds
 from ranks import RankResult, run_ranks
 
 WORKER = Path(__file__).parent / "workers" / "failing.py"
@@ -23,6 +23,7 @@ CASES = {  # what happens, to which rank, on what, and the words that every surv
     "left early": ("exit", 1, "ring", "rank 1 ({host}) ended early"),
     "failed": ("raise", 1, "ring", "rank 1 ({host}) died"),
     "late": ("late", 1, "ring", "waited {timeout} s for rank 1 ({host})"),
+    "still in a phase": ("still", 1, "ring", "'tokenising' has not moved for"),
     "rank 0 killed": ("kill", 0, "ring", "rank 0 ({host}) died"),
     "rank 0 stopped": ("stop", 0, "ring", "rank 0 ({host}) has not answered"),
     "rank 0 left early": ("exit", 0, "ring", "rank 0 ({host})"),
@@ -34,6 +35,7 @@ CASES = {  # what happens, to which rank, on what, and the words that every surv
 SURVIVED = {
     "phase": ("1", {"COMM_TIMEOUT": "4"}),
     "garbage": ("9", {}),
+    "reports": ("1", {"COMM_PHASE_TIMEOUT": "3", "COMM_TIMEOUT": "3"}),
     "goodbye": ("1", {}),
     "crowd": ("9", {"COMM_TIMEOUT": "3"}),
 }
@@ -49,7 +51,7 @@ def run(name: str) -> list[RankResult]:
         backend="mpi" if carrier == "mpi" else "ring",
         args=(kind, str(victim), carrier), timeout=60, check=False,
         left_behind=(victim,) if kind == "stop" else (),
-        env={"COMM_TIMEOUT": str(TIMEOUT_SECONDS)},
+        env={"COMM_TIMEOUT": str(TIMEOUT_SECONDS), "COMM_PHASE_TIMEOUT": "4"},
     )  # fmt: skip
 
 
@@ -70,7 +72,7 @@ def test_the_job_ends_and_names_the_rank(
     for rank, one in enumerate(outcomes[name]):
         assert "joined" in one.stdout, f"rank {rank}: {one.stderr}"
         assert "finished" not in one.stdout, f"rank {rank} went on"
-        if rank != victim or kind == "late":
+        if rank != victim or kind in ("late", "still"):
             assert one.returncode == 1, f"rank {rank}: exit {one.returncode}\n{one.stderr}"
             assert words in one.stderr, f"rank {rank} does not say {words!r}:\n{one.stderr}"
             assert "all_sum (100000,) float32" in one.stderr, f"last operation: {one.stderr}"
@@ -87,7 +89,7 @@ def test_a_rank_that_fails_on_mpi_ends_all() -> None:
 
 def test_a_declared_phase_may_last(outcomes: dict[str, list[RankResult]]) -> None:
     """Catches a job ended because one rank downloads or tokenises for long."""
-    for one in outcomes["phase"]:
+    for one in (*outcomes["phase"], *outcomes["reports"]):
         assert one.returncode == 0 and "finished" in one.stdout, one.stderr
 
 
@@ -197,6 +199,9 @@ def test_a_replayed_message_is_refused(ends: Ends) -> None:
 
 def test_the_timeout_is_checked() -> None:
     """Catches a mistyped COMM_TIMEOUT that would switch the watchdog off."""
+    assert phase_timeout_seconds({}) == 600
+    with pytest.raises(ValueError, match="COMM_PHASE_TIMEOUT is 'soon'"):
+        phase_timeout_seconds({"COMM_PHASE_TIMEOUT": "soon"})
     assert timeout_seconds({}) == 300 and timeout_seconds({"COMM_TIMEOUT": "0"}) == 0
     for text in ("-1", "soon", "inf", "nan"):
         with pytest.raises(ValueError, match="COMM_TIMEOUT"):

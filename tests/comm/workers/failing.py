@@ -39,6 +39,13 @@ if group.rank == victim:
     elif kind == "phase":
         with group.progress.long_phase("tokenising"):
             time.sleep(6)
+    elif kind == "reports":
+        with group.progress.long_phase("tokenising"):
+            for _ in group.progress.reporting(range(12)):
+                time.sleep(0.5)
+    elif kind == "still":
+        with group.progress.long_phase("tokenising"):
+            time.sleep(1000)
 if kind == "goodbye":
     time.sleep(6)  # longer than the grace of a death
     print("finished", flush=True)
