@@ -29,6 +29,7 @@ CASES = {  # what happens, to which rank, on what, and the words that every surv
     "rank 0 left early": ("exit", 0, "ring", "rank 0 ({host})"),
     "killed on a backend that hangs": ("kill", 1, "fake", "rank 1 ({host}) died"),
     "left early on MPI": ("exit", 1, "mpi", "rank 1 ({host})"),
+    "left early on a backend that hangs": ("exit", 1, "fake", "rank 1 ({host}) ended early"),
 }
 
 
