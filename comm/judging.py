@@ -6,10 +6,11 @@ phase itself must report progress or move on some rank (see `progress.py`).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from comm.progress import WITHOUT_REPORTS
 
+PROBE_SECONDS = 3.0  # before the time-out, for the ranks' answers to be here by then
 LEFT_SECONDS = 25.0  # with the ticks of rank and judge, the job ends within 30
 
 
@@ -26,6 +27,7 @@ class RankStatus:
         needs_others: The last operation is one that other ranks take part in.
         left: It has said goodbye.
         lost_peer: MLX told it that a neighbour is gone.
+        silent_addresses: Ring addresses of the next rank that did not answer when last tried.
     """
 
     host: str
@@ -36,6 +38,7 @@ class RankStatus:
     needs_others: bool = False
     left: bool = False
     lost_peer: bool = False
+    silent_addresses: list[str] = field(default_factory=list)
 
 
 class Judge:
@@ -80,8 +83,13 @@ class Judge:
             or self._still_phase(table, present, in_phase)
         )
 
-    def all_wait(self, table: Sequence[RankStatus]) -> bool:
-        """Whether nobody is missing and every rank waits."""
+    def must_probe(self, table: Sequence[RankStatus]) -> bool:
+        """Whether every rank waits and the time-out is near, so that the cables must be tried."""
+        longest = max(self._waited.values(), default=0.0)
+        start = max(self.timeout_seconds - PROBE_SECONDS, self.timeout_seconds / 2)
+        return self._all_wait(table) and longest > start
+
+    def _all_wait(self, table: Sequence[RankStatus]) -> bool:
         return len(self._waited) == len(table)
 
     def _lost(self, table: Sequence[RankStatus]) -> str | None:
@@ -103,6 +111,8 @@ class Judge:
         longest = max(self._waited.values(), default=0.0)
         if longest <= self.timeout_seconds:
             return None
+        if self._all_wait(table) and any(status.silent_addresses for status in table):
+            return f"a collective has waited {longest:.0f} s: {_cut_cables(table)}"
         fewest = min(status.number for status in table)
         late = [rank for rank, status in enumerate(table) if status.number == fewest]
         left = [rank for rank in _left(table) if rank not in late]
@@ -127,6 +137,16 @@ class Judge:
 def rank_names(table: Sequence[RankStatus], ranks: Sequence[int]) -> str:
     """As in "rank 0 (studio) and rank 1 (mini)"."""
     return " and ".join(f"rank {rank} ({table[rank].host})" for rank in ranks)
+
+
+def _cut_cables(table: Sequence[RankStatus]) -> str:
+    pairs = []
+    for rank, status in enumerate(table):
+        following = rank_names(table, [(rank + 1) % len(table)])
+        for address in status.silent_addresses:
+            name = rank_names(table, [rank])
+            pairs.append(f"{name} gets no answer from {following} at {address}")
+    return " and ".join(pairs)
 
 
 def _left(table: Sequence[RankStatus]) -> list[int]:

@@ -20,6 +20,7 @@ from dataclasses import asdict
 from typing import Any
 
 from comm.addresses import own_addresses
+from comm.cables import AnsweringPorts, silent_addresses
 from comm.control_port import ControlPort, Peer
 from comm.group import Group
 from comm.heartbeat import Channel, Malformed
@@ -49,11 +50,13 @@ def start_watchdog(world: Group, environ: Mapping[str, str] = os.environ) -> "Wa
     if world.rank == 0:
         listener = socket.create_server((own["control"] or own["ring"][0], 0))
     endpoint = list(listener.getsockname()[:2]) if listener else None
-    rows = all_gather_object([own["host"], endpoint], world)
+    ports = AnsweringPorts(own["ring"])
+    rows = all_gather_object([own["host"], endpoint, ports.endpoints], world)
     secret = environ.get("COMM_SECRET") or broadcast_object(secrets.token_hex(16), world)
-    hosts = [host for host, _ in rows]
+    hosts = [row[0] for row in rows]
+    following = [(ip, port) for ip, port in rows[(world.rank + 1) % world.size][2]]
     judge = Judge(timeout, phase_timeout_seconds(environ) or math.inf, _interval_of(timeout))
-    watchdog = Watchdog(world.rank, hosts, secret, judge, world.progress)
+    watchdog = Watchdog(world.rank, hosts, secret, judge, world.progress, ports, following)
     watchdog.start(listener, tuple(rows[0][1]))
     atexit.register(watchdog.close)
     farewells.append(watchdog.close)
@@ -96,14 +99,25 @@ class Watchdog:
         secret: The job's secret.
         judge: Decides by the table; its time-out is also how long a rank may be silent.
         progress: What this rank is doing.
+        ports: Where the rank before this one tries the cable between them.
+        following: The ports of the rank after this one.
     """
 
     def __init__(
-        self, rank: int, hosts: list[str], secret: str, judge: Judge, progress: Progress
+        self,
+        rank: int,
+        hosts: list[str],
+        secret: str,
+        judge: Judge,
+        progress: Progress,
+        ports: AnsweringPorts,
+        following: Sequence[tuple[str, int]],
     ):
         self.rank, self.timeout_seconds, self.progress = rank, judge.timeout_seconds, progress
         self.table = [RankStatus(host) for host in hosts]
-        self._judge = judge
+        self._judge, self._ports, self.following = judge, ports, following
+        self._silent_addresses: list[str] = []
+        self._has_probed = False
         self._interval = _interval_of(judge.timeout_seconds)
         self._secret = secret
         self._main = threading.main_thread().ident
@@ -198,6 +212,9 @@ class Watchdog:
             self._hub_heard = time.monotonic()
             if "verdict" in message:
                 self._end(message["verdict"])
+            if "probe" in message:
+                self._silent_addresses = silent_addresses(self.following)
+                self._report(hub)
             if "table" in message:
                 self.table = [RankStatus(**row) for row in message["table"]]
         if not hub.open:
@@ -211,11 +228,13 @@ class Watchdog:
         now = time.monotonic()
         elapsed, self._ticked = now - self._ticked, now
         self.table[self.rank] = self._own_status(now)
+        self._ports.clear()
         if self._port:
             self._port.listen()
             self._port.drop_silent_strangers(now)
             self._end_the_silent(now)
             self._end_where_due(range(len(self.table)), elapsed)
+            self._probe_where_due()
             table = [asdict(status) for status in self.table]
             for peer in self._peers:
                 peer.channel.send({"table": table})
@@ -246,13 +265,28 @@ class Watchdog:
         idle, phase = now - self._moved, self.progress.phase
         needs_others, lost_peer = self.progress.needs_others, self.progress.lost_peer
         return RankStatus(
-            host, number, operation, idle, phase, needs_others, lost_peer=lost_peer
+            host,
+            number,
+            operation,
+            idle,
+            phase,
+            needs_others,
+            lost_peer=lost_peer,
+            silent_addresses=self._silent_addresses,
         )
 
     def _end_where_due(self, ranks: Sequence[int], elapsed: float) -> None:
         reason = self._judge.reason_to_end(self.table, ranks, elapsed)
         if reason:
             self._conclude(reason)
+
+    def _probe_where_due(self) -> None:
+        is_due = self._judge.must_probe(self.table)
+        if is_due and not self._has_probed:
+            for peer in self._peers:
+                peer.channel.send({"probe": True})
+            self._silent_addresses = silent_addresses(self.following)
+        self._has_probed = is_due
 
     def _silence(self, rank: int, seconds: float) -> str:
         return f"{self._name(rank)} has not answered for {seconds:.0f} s"

@@ -56,3 +56,16 @@ def test_a_phase_lasts_while_one_rank_moves_or_downloads() -> None:
     table = [waiting(7, phase="saving"), waiting(8, phase="saving", idle_seconds=9999.0)]
     assert judge.reason_to_end(table, [0, 1], 1.0) is None
     assert seconds_to_end([waiting(7, phase="loading"), waiting(8)]) == (1000, "")
+
+
+def test_a_silent_cable_is_named_where_all_wait() -> None:
+    """Catches all ranks being blamed for a cut cable, and a slow rank not being blamed."""
+    table = [waiting(7), waiting(7, silent_addresses=["10.0.0.2"]), waiting(7)]
+    seconds, reason = seconds_to_end(table)
+    assert seconds <= 302
+    words = "rank 1 (host) gets no answer from rank 2 (host) at 10.0.0.2"
+    assert reason == f"a collective has waited {seconds} s: {words}"
+    judge = Judge(300, 600, 1.0)
+    assert not judge.must_probe(table)
+    judge.reason_to_end(table, range(3), 298.0)
+    assert judge.must_probe(table)

@@ -24,6 +24,7 @@ CASES = {  # what happens, to which rank, on what, and the words that every surv
     "failed": ("raise", 1, "ring", "rank 1 ({host}) died"),
     "late": ("late", 1, "ring", "waited {timeout} s for rank 1 ({host})"),
     "still in a phase": ("still", 1, "ring", "'tokenising' has not moved for"),
+    "cable cut": ("cable", 1, "ring", "rank 1 ({host}) gets no answer from rank 2 ({host}) at"),
     "rank 0 killed": ("kill", 0, "ring", "rank 0 ({host}) died"),
     "rank 0 stopped": ("stop", 0, "ring", "rank 0 ({host}) has not answered"),
     "rank 0 left early": ("exit", 0, "ring", "rank 0 ({host})"),
@@ -48,7 +49,7 @@ def run(name: str) -> list[RankResult]:
         return run_ranks(WORKER, 2, args=(name, victim), timeout=60, env=env, check=False)
     kind, victim, carrier, _ = CASES[name]
     return run_ranks(
-        WORKER, 3 if name in ("killed", "late") else 2,
+        WORKER, 3 if name in ("killed", "late", "cable cut") else 2,
         backend="mpi" if carrier == "mpi" else "ring",
         args=(kind, str(victim), carrier), timeout=60, check=False,
         left_behind=(victim,) if kind == "stop" else (),
@@ -73,7 +74,7 @@ def test_the_job_ends_and_names_the_rank(
     for rank, one in enumerate(outcomes[name]):
         assert "joined" in one.stdout, f"rank {rank}: {one.stderr}"
         assert "finished" not in one.stdout, f"rank {rank} went on"
-        if rank != victim or kind in ("late", "still"):
+        if rank != victim or kind in ("late", "still", "cable"):
             assert one.returncode == 1, f"rank {rank}: exit {one.returncode}\n{one.stderr}"
             assert words in one.stderr, f"rank {rank} does not say {words!r}:\n{one.stderr}"
             assert "all_sum (100000,) float32" in one.stderr, f"last operation: {one.stderr}"

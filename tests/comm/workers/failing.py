@@ -23,6 +23,17 @@ group = fake_group(world, "jaccl", hangs=True) if "fake" in sys.argv else world
 mx.eval(group.all_sum(mx.ones((4,))), group.all_max(mx.ones((4,))))
 group.barrier()
 print("joined", flush=True)
+if kind == "cable":
+    if group.rank == victim:
+        # Where the queue is full the system answers nothing, as over a cut cable.
+        full = socket.create_server(("127.0.0.1", 0), backlog=0)
+        waiting = [socket.socket() for _ in range(4)]
+        for sock in waiting:
+            sock.setblocking(False)
+            sock.connect_ex(full.getsockname())
+        world.watchdog.following = [full.getsockname()]
+    group.progress.record("all_sum", (100_000,), mx.float32)
+    time.sleep(1000)
 if group.rank == victim:
     if kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
