@@ -23,7 +23,6 @@ class Capabilities:
         device: The device whose streams the collectives run on.
         shared_stream: All groups of the process must use one stream (MPI is single-threaded).
         max_ranks: Largest group, or None.
-        notices_death: A dead peer surfaces as an error rather than an endless wait.
         widen: Types that a reduction must not get, and the type that carries their values.
         variables: The environment it is started with; alternatives separated by "|".
     """
@@ -35,7 +34,6 @@ class Capabilities:
     device: Literal["cpu", "gpu"]
     shared_stream: bool = False
     max_ranks: int | None = None
-    notices_death: bool = False
     widen: Mapping[str, str] = field(default_factory=dict)
     variables: tuple[str, ...] = ()
 
@@ -49,7 +47,7 @@ _JACCL_VARIABLES = (
 CAPABILITIES: Mapping[str, Capabilities] = MappingProxyType(
     {
         "ring": Capabilities(
-            "ring", False, False, "neighbours", "cpu", notices_death=True,
+            "ring", False, False, "neighbours", "cpu",
             widen={"bool": "int32"}, variables=("MLX_RANK", "MLX_HOSTFILE"),
         ),
         "jaccl": Capabilities(

@@ -5,9 +5,14 @@ replaced whole, so no lock is needed.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+# Phases that download, of which no progress is seen here; they may be still for any time.
+WITHOUT_REPORTS = ("loading", "reading")
 
 
 class Progress:
@@ -15,21 +20,39 @@ class Progress:
 
     def __init__(self) -> None:
         self.last: tuple[int, str, float] = (0, "start", time.monotonic())
+        self.needs_others = False
         self.phase = ""
+        self.num_reports = 0
         self.lost_peer = False
 
     def record(self, operation: str, shape: tuple[int, ...], dtype: Any) -> None:
-        """Notes that `operation` was issued."""
+        """Notes that `operation` was issued; without a dtype, that something is over."""
         name = str(dtype).removeprefix("mlx.core.")
         what = operation if dtype is None else f"{operation} {tuple(shape)} {name}"
+        self.needs_others = dtype is not None
         self.last = (self.last[0] + 1, what, time.monotonic())
 
     @contextmanager
     def long_phase(self, name: str) -> Iterator[None]:
-        """While it lasts, no rank's waiting counts towards the watchdog's time-out."""
+        """While it lasts, no rank's waiting counts towards the watchdog's time-out.
+
+        Where no rank's main thread moves, issues an operation or reports for
+        `COMM_PHASE_TIMEOUT` seconds, the watchdog takes it for a hang.
+        """
         outer, self.phase = self.phase, name
+        self.report()
         try:
             yield
         finally:
             self.phase = outer
             self.record(f"end of {name}", (), None)
+
+    def report(self) -> None:
+        """Notes that the long phase goes on; call it wherever a part of the work is done."""
+        self.num_reports += 1
+
+    def reporting(self, parts: Iterable[T]) -> Iterator[T]:
+        """`parts`, with a report before each one."""
+        for part in parts:
+            self.report()
+            yield part

@@ -1,13 +1,13 @@
 """Ends the job on every rank when one of them died, was stopped, or is missing.
 
 Beside MLX's traffic each rank reports once a second to rank 0, which answers with the table of
-all ranks. A rank waits when it has issued a collective and its main thread has not moved since;
-time that any rank spends in a declared long phase does not count. The end is `os._exit(1)`, as a
-rank inside a collective cannot be reached in any other way.
+all ranks and decides by it (see `judging.py`). The end is `os._exit(1)`, as a rank inside a
+collective cannot be reached in any other way.
 """
 
 import atexit
 import logging
+import math
 import os
 import secrets
 import selectors
@@ -15,51 +15,32 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from comm.addresses import own_addresses
+from comm.cables import AnsweringPorts, silent_addresses
+from comm.control_port import ControlPort, Peer
 from comm.group import Group
 from comm.heartbeat import Channel, Malformed
 from comm.ending import GRACE_SECONDS, farewells, leave_after
+from comm.judging import Judge, RankStatus, rank_names
 from comm.objects import all_gather_object, broadcast_object
 from comm.progress import Progress
 
 _log = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT_SECONDS = 300.0
-UNKNOWN_SECONDS = 10.0  # for a connection to say which rank it is
-
-
-@dataclass
-class RankStatus:
-    """What is known of one rank.
-
-    Attributes:
-        host: The host's name.
-        number: How many operations it has issued.
-        operation: The last of them.
-        idle_seconds: How long its main thread has been at the same place.
-        phase: The declared long phase it is in, or "".
-        left: It has said goodbye.
-        lost_peer: MLX told it that a neighbour is gone.
-    """
-
-    host: str
-    number: int = 0
-    operation: str = "start"
-    idle_seconds: float = 0.0
-    phase: str = ""
-    left: bool = False
-    lost_peer: bool = False
+DEFAULT_PHASE_TIMEOUT_SECONDS = 600.0
 
 
 def start_watchdog(world: Group, environ: Mapping[str, str] = os.environ) -> "Watchdog | None":
     """Starts the watchdog of `world`; every rank must call it.
 
-    `COMM_TIMEOUT` holds the seconds (0: no watchdog), `COMM_SECRET` the job's secret; without one
-    rank 0 makes it up and sends it over the group.
+    `COMM_TIMEOUT` holds the seconds (0: no watchdog), `COMM_PHASE_TIMEOUT` those of a long phase
+    (0: any number), `COMM_SECRET` the job's secret; without one rank 0 makes it up and sends it
+    over the group.
     """
     timeout = timeout_seconds(environ)
     if world.size == 1 or timeout == 0:
@@ -69,10 +50,13 @@ def start_watchdog(world: Group, environ: Mapping[str, str] = os.environ) -> "Wa
     if world.rank == 0:
         listener = socket.create_server((own["control"] or own["ring"][0], 0))
     endpoint = list(listener.getsockname()[:2]) if listener else None
-    rows = all_gather_object([own["host"], endpoint], world)
+    ports = AnsweringPorts(own["ring"])
+    rows = all_gather_object([own["host"], endpoint, ports.endpoints], world)
     secret = environ.get("COMM_SECRET") or broadcast_object(secrets.token_hex(16), world)
-    hosts = [host for host, _ in rows]
-    watchdog = Watchdog(world.rank, hosts, secret, timeout, world.progress)
+    hosts = [row[0] for row in rows]
+    following = [(ip, port) for ip, port in rows[(world.rank + 1) % world.size][2]]
+    judge = Judge(timeout, phase_timeout_seconds(environ) or math.inf, _interval_of(timeout))
+    watchdog = Watchdog(world.rank, hosts, secret, judge, world.progress, ports, following)
     watchdog.start(listener, tuple(rows[0][1]))
     atexit.register(watchdog.close)
     farewells.append(watchdog.close)
@@ -82,24 +66,28 @@ def start_watchdog(world: Group, environ: Mapping[str, str] = os.environ) -> "Wa
 
 def timeout_seconds(environ: Mapping[str, str]) -> float:
     """`COMM_TIMEOUT` in seconds, 300 where it is not set."""
-    text = environ.get("COMM_TIMEOUT", "")
+    return _seconds(environ, "COMM_TIMEOUT", DEFAULT_TIMEOUT_SECONDS)
+
+
+def phase_timeout_seconds(environ: Mapping[str, str]) -> float:
+    """`COMM_PHASE_TIMEOUT` in seconds, 600 where it is not set."""
+    return _seconds(environ, "COMM_PHASE_TIMEOUT", DEFAULT_PHASE_TIMEOUT_SECONDS)
+
+
+def _seconds(environ: Mapping[str, str], name: str, default: float) -> float:
+    text = environ.get(name, "")
     try:
-        seconds = float(text or DEFAULT_TIMEOUT_SECONDS)
+        seconds = float(text or default)
     except ValueError:
         seconds = -1.0
-    if not 0 <= seconds < float("inf"):
-        raise ValueError(f"COMM_TIMEOUT is {text!r}; it must be a number of seconds, 0 for none.")
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"{name} is {text!r}; it must be a number of seconds, 0 for none.")
     return seconds
 
 
-@dataclass
-class _Peer:
-    """Rank 0's view of a connection."""
-
-    channel: Channel
-    name: str
-    rank: int | None = None
-    heard: float = field(default_factory=time.monotonic)
+def _interval_of(timeout: float) -> float:
+    """Seconds between two reports."""
+    return min(1.0, timeout / 4)
 
 
 class Watchdog:
@@ -109,23 +97,33 @@ class Watchdog:
         rank: This rank's number.
         hosts: The host name of each rank.
         secret: The job's secret.
-        timeout_seconds: How long a rank may be silent, or wait.
+        judge: Decides by the table; its time-out is also how long a rank may be silent.
         progress: What this rank is doing.
+        ports: Where the rank before this one tries the cable between them.
+        following: The ports of the rank after this one.
     """
 
     def __init__(
-        self, rank: int, hosts: list[str], secret: str, timeout_seconds: float, progress: Progress
+        self,
+        rank: int,
+        hosts: list[str],
+        secret: str,
+        judge: Judge,
+        progress: Progress,
+        ports: AnsweringPorts,
+        following: Sequence[tuple[str, int]],
     ):
-        self.rank, self.timeout_seconds, self.progress = rank, timeout_seconds, progress
+        self.rank, self.timeout_seconds, self.progress = rank, judge.timeout_seconds, progress
         self.table = [RankStatus(host) for host in hosts]
-        self._interval = min(1.0, timeout_seconds / 4)
+        self._judge, self._ports, self.following = judge, ports, following
+        self._silent_addresses: list[str] = []
+        self._has_probed = False
+        self._interval = _interval_of(judge.timeout_seconds)
         self._secret = secret
-        self._waited = [0.0] * len(hosts)
         self._main = threading.main_thread().ident
         self._place: tuple[Any, ...] = ()
         self._moved = self._ticked = self._hub_heard = time.monotonic()
-        self._peers: list[_Peer] = []
-        self._listener: socket.socket | None = None
+        self._port: ControlPort | None = None
         self._hub: Channel | None = None
         self._hub_died = False
         self._selector = selectors.DefaultSelector()
@@ -135,9 +133,7 @@ class Watchdog:
     def start(self, listener: socket.socket | None, endpoint: tuple[str, int]) -> None:
         """Rank 0 listens; the others connect to `endpoint`."""
         if listener is not None:
-            listener.setblocking(False)
-            self._listener = listener
-            self._selector.register(listener, selectors.EVENT_READ)
+            self._port = ControlPort(listener, self._secret, self._selector, len(self.table))
         else:
             sock = socket.create_connection(endpoint, timeout=self.timeout_seconds)
             self._hub = Channel(sock, self._secret, listener=False)
@@ -152,6 +148,10 @@ class Watchdog:
         """Says goodbye: this rank ends as it should."""
         self._closing.set()
         self._thread.join(timeout=5)
+
+    @property
+    def _peers(self) -> list[Peer]:
+        return self._port.peers if self._port else []
 
     def _run(self) -> None:
         while not self._closing.is_set():
@@ -176,29 +176,27 @@ class Watchdog:
         hub.send({"rank": self.rank, "status": asdict(status)})
 
     def _read(self, events: list[Any]) -> None:
-        for key, _ in events:
-            if key.fileobj is self._listener:
-                self._accept()
         if self._hub and self._hub.open:
             self._read_hub(self._hub)
-        for peer in list(self._peers):
+        if self._port:
+            if any(key.fileobj is self._port.listener for key, _ in events):
+                self._port.accept()
+            self._read_peers(self._port)
+
+    def _read_peers(self, port: ControlPort) -> None:
+        for peer in list(port.peers):
             try:
                 for message in peer.channel.receive():
                     self._note(peer, message)
             except (Malformed, ValueError, KeyError, TypeError) as error:
                 _log.warning("dropped %s from %s", error, peer.name)
-                self._drop(peer)
+                port.drop(peer)
+                continue
             if not peer.channel.open:
+                port.drop(peer)
                 self._lost(peer)
 
-    def _accept(self) -> None:
-        assert self._listener is not None, "only rank 0 listens"
-        sock, address = self._listener.accept()
-        peer = _Peer(Channel(sock, self._secret, listener=True), f"{address[0]}:{address[1]}")
-        self._peers.append(peer)
-        self._selector.register(sock, selectors.EVENT_READ)
-
-    def _note(self, peer: _Peer, message: dict[str, Any]) -> None:
+    def _note(self, peer: Peer, message: dict[str, Any]) -> None:
         rank = message["rank"]
         peer.rank, peer.heard = rank, time.monotonic()
         self.table[rank] = RankStatus(**message["status"])
@@ -214,20 +212,15 @@ class Watchdog:
             self._hub_heard = time.monotonic()
             if "verdict" in message:
                 self._end(message["verdict"])
+            if "probe" in message:
+                self._silent_addresses = silent_addresses(self.following)
+                self._report(hub)
             if "table" in message:
                 self.table = [RankStatus(**row) for row in message["table"]]
         if not hub.open:
             self._selector.unregister(hub.sock)
 
-    def _drop(self, peer: _Peer) -> None:
-        self._selector.unregister(peer.channel.sock)
-        peer.channel.close()
-        self._peers.remove(peer)
-
-    def _lost(self, peer: _Peer) -> None:
-        if peer not in self._peers:
-            return
-        self._drop(peer)
+    def _lost(self, peer: Peer) -> None:
         if peer.rank is not None and not self.table[peer.rank].left:
             self._conclude_later(peer.rank)
 
@@ -235,8 +228,13 @@ class Watchdog:
         now = time.monotonic()
         elapsed, self._ticked = now - self._ticked, now
         self.table[self.rank] = self._own_status(now)
-        if self.rank == 0:
-            self._judge(now, elapsed)
+        self._ports.clear()
+        if self._port:
+            self._port.listen()
+            self._port.drop_silent_strangers(now)
+            self._end_the_silent(now)
+            self._end_where_due(range(len(self.table)), elapsed)
+            self._probe_where_due()
             table = [asdict(status) for status in self.table]
             for peer in self._peers:
                 peer.channel.send({"table": table})
@@ -245,68 +243,56 @@ class Watchdog:
             if now - self._hub_heard > self.timeout_seconds:
                 self._conclude(self._silence(0, now - self._hub_heard))
         elif self.table[0].left:
-            self._wait_alone(elapsed)
+            # As it should; from here on this rank knows of itself only.
+            self._end_where_due([self.rank], elapsed)
         elif not self._hub_died:
             self._hub_died = True
             self._conclude_later(0)
 
+    def _end_the_silent(self, now: float) -> None:
+        for peer in self._peers:
+            silent = now - peer.heard
+            if peer.rank is not None and silent > self.timeout_seconds:
+                self._conclude(self._silence(peer.rank, silent))
+
     def _own_status(self, now: float) -> RankStatus:
         number, operation, _ = self.progress.last
         frame = sys._current_frames().get(self._main or 0)
-        place = (id(frame), frame.f_lasti if frame else 0, number)
+        place = (id(frame), frame.f_lasti if frame else 0, number, self.progress.num_reports)
         if place != self._place:
             self._place, self._moved = place, now
         host = self.table[self.rank].host
         idle, phase = now - self._moved, self.progress.phase
+        needs_others, lost_peer = self.progress.needs_others, self.progress.lost_peer
         return RankStatus(
-            host, number, operation, idle, phase, lost_peer=self.progress.lost_peer
+            host,
+            number,
+            operation,
+            idle,
+            phase,
+            needs_others,
+            lost_peer=lost_peer,
+            silent_addresses=self._silent_addresses,
         )
 
-    def _judge(self, now: float, elapsed: float) -> None:
-        """Rank 0 decides: who is silent, who waits too long, who left too early."""
-        for peer in list(self._peers):
-            silent = now - peer.heard
-            if peer.rank is None and silent > UNKNOWN_SECONDS:
-                _log.warning("dropped a connection from %s that never said who it is", peer.name)
-                self._drop(peer)
-            elif peer.rank is not None and silent > self.timeout_seconds:
-                self._conclude(self._silence(peer.rank, silent))
-        paused = any(status.phase and not status.left for status in self.table)
-        for rank, status in enumerate(self.table):
-            if status.left or not status.number or status.idle_seconds < self._interval:
-                self._waited[rank] = 0.0
-            elif not paused:
-                self._waited[rank] += elapsed
-        longest = max(self._waited)
-        if longest > self.timeout_seconds:
-            fewest = min(status.number for status in self.table)
-            late = [rank for rank, status in enumerate(self.table) if status.number == fewest]
-            self._conclude(f"a collective has waited {longest:.0f} s for {self._names(late)}")
-        self._blame_the_left()
+    def _end_where_due(self, ranks: Sequence[int], elapsed: float) -> None:
+        reason = self._judge.reason_to_end(self.table, ranks, elapsed)
+        if reason:
+            self._conclude(reason)
 
-    def _wait_alone(self, elapsed: float) -> None:
-        """Rank 0 has left as it should; this rank watches only itself."""
-        status = self.table[self.rank]
-        busy = status.idle_seconds < self._interval or status.phase or not status.number
-        self._waited[self.rank] = 0.0 if busy else self._waited[self.rank] + elapsed
-        waited = self._waited[self.rank]
-        if waited > self.timeout_seconds:
-            self._conclude(f"a collective has waited {waited:.0f} s, and {self._name(0)} has left")
-        self._blame_the_left()
-
-    def _blame_the_left(self) -> None:
-        left = [rank for rank, status in enumerate(self.table) if status.left]
-        if left and any(status.lost_peer for status in self.table):
-            self._conclude(f"{self._names(left)} ended early, while others still needed it")
+    def _probe_where_due(self) -> None:
+        is_due = self._judge.must_probe(self.table)
+        if is_due and not self._has_probed:
+            for peer in self._peers:
+                peer.channel.send({"probe": True})
+            self._silent_addresses = silent_addresses(self.following)
+        self._has_probed = is_due
 
     def _silence(self, rank: int, seconds: float) -> str:
         return f"{self._name(rank)} has not answered for {seconds:.0f} s"
 
     def _name(self, rank: int) -> str:
-        return f"rank {rank} ({self.table[rank].host})"
-
-    def _names(self, ranks: list[int]) -> str:
-        return " and ".join(self._name(rank) for rank in ranks)
+        return rank_names(self.table, [rank])
 
     def _conclude_later(self, rank: int) -> None:
         reason = f"{self._name(rank)} died"

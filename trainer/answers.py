@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
+import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.generate import batch_generate
@@ -70,7 +71,8 @@ def answer_rows(
     ]
     was_training = model.training
     model.eval()
-    texts = _generate(model, tokenizer, [prompt.tolist() for _, prompt, _ in asked], max_new_tokens)
+    prompts = [prompt.tolist() for _, prompt, _ in asked]
+    texts = _generate(model, tokenizer, prompts, max_new_tokens, group.progress.report)
     model.train(was_training)
     mine = [Answer(i, tokenizer.decode(p.tolist()), e, t) for (i, p, e), t in zip(asked, texts)]
     shared = comm.all_gather_object([asdict(answer) for answer in mine], group)
@@ -84,6 +86,16 @@ def _beginning(rows: TokenizedRows, index: int) -> tuple[np.ndarray, None]:
 
 
 def _generate(
-    model: nn.Module, tokenizer: TokenizerWrapper, prompts: list[list[int]], max_new_tokens: int
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    report: Callable[[], None],
 ) -> list[str]:
-    return batch_generate(model, tokenizer, prompts, max_tokens=max_new_tokens).texts if prompts else []
+    def likeliest(logprobs: mx.array) -> mx.array:
+        report()
+        return mx.argmax(logprobs, axis=-1)
+
+    if not prompts:
+        return []
+    return batch_generate(model, tokenizer, prompts, max_tokens=max_new_tokens, sampler=likeliest).texts

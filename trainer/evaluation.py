@@ -50,7 +50,8 @@ class Evaluator:
         """`eval/loss` (mean over target tokens of all ranks) and `eval/ppl` (its exponential)."""
         was_training = self.model.training
         self.model.eval()
-        loss, _ = self.mean_loss(evaluation_batches(self.rows, self.plan, self.share, self.pad_id))
+        batches = evaluation_batches(self.rows, self.plan, self.share, self.pad_id)
+        loss, _ = self.mean_loss(self.group.progress.reporting(batches))
         self.model.train(was_training)
         return {"eval/loss": loss, "eval/ppl": math.exp(min(loss, 700.0))}
 

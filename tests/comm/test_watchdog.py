@@ -1,6 +1,7 @@
 """Ranks that die, stop, leave, fail or come late: the job ends on every rank, and says why."""
 
 import os
+import selectors
 import socket
 import time
 from collections.abc import Iterator
@@ -9,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from comm.control_port import NUM_STRANGERS, ControlPort
 from comm.heartbeat import Channel, Malformed
-from comm.watchdog import timeout_seconds
+from comm.watchdog import phase_timeout_seconds, timeout_seconds
 from ranks import RankResult, run_ranks
 
 WORKER = Path(__file__).parent / "workers" / "failing.py"
@@ -21,15 +23,24 @@ CASES = {  # what happens, to which rank, on what, and the words that every surv
     "left early": ("exit", 1, "ring", "rank 1 ({host}) ended early"),
     "failed": ("raise", 1, "ring", "rank 1 ({host}) died"),
     "late": ("late", 1, "ring", "waited {timeout} s for rank 1 ({host})"),
+    "still in a phase": ("still", 1, "ring", "'tokenising' has not moved for"),
+    "cable cut": ("cable", 1, "ring", "rank 1 ({host}) gets no answer from rank 2 ({host}) at"),
     "rank 0 killed": ("kill", 0, "ring", "rank 0 ({host}) died"),
     "rank 0 stopped": ("stop", 0, "ring", "rank 0 ({host}) has not answered"),
     "rank 0 left early": ("exit", 0, "ring", "rank 0 ({host})"),
     "killed on a backend that hangs": ("kill", 1, "fake", "rank 1 ({host}) died"),
     "left early on MPI": ("exit", 1, "mpi", "rank 1 ({host})"),
+    "left early on a backend that hangs": ("exit", 1, "fake", "rank 1 ({host}) ended early"),
 }
 
 
-SURVIVED = {"phase": ("1", {"COMM_TIMEOUT": "4"}), "garbage": ("9", {}), "goodbye": ("1", {})}
+SURVIVED = {
+    "phase": ("1", {"COMM_TIMEOUT": "4"}),
+    "garbage": ("9", {}),
+    "reports": ("1", {"COMM_PHASE_TIMEOUT": "3", "COMM_TIMEOUT": "3"}),
+    "goodbye": ("1", {}),
+    "crowd": ("9", {"COMM_TIMEOUT": "3"}),
+}
 
 
 def run(name: str) -> list[RankResult]:
@@ -38,11 +49,11 @@ def run(name: str) -> list[RankResult]:
         return run_ranks(WORKER, 2, args=(name, victim), timeout=60, env=env, check=False)
     kind, victim, carrier, _ = CASES[name]
     return run_ranks(
-        WORKER, 3 if name in ("killed", "late") else 2,
+        WORKER, 3 if name in ("killed", "late", "cable cut") else 2,
         backend="mpi" if carrier == "mpi" else "ring",
         args=(kind, str(victim), carrier), timeout=60, check=False,
         left_behind=(victim,) if kind == "stop" else (),
-        env={"COMM_TIMEOUT": str(TIMEOUT_SECONDS)},
+        env={"COMM_TIMEOUT": str(TIMEOUT_SECONDS), "COMM_PHASE_TIMEOUT": "4"},
     )  # fmt: skip
 
 
@@ -63,7 +74,7 @@ def test_the_job_ends_and_names_the_rank(
     for rank, one in enumerate(outcomes[name]):
         assert "joined" in one.stdout, f"rank {rank}: {one.stderr}"
         assert "finished" not in one.stdout, f"rank {rank} went on"
-        if rank != victim or kind == "late":
+        if rank != victim or kind in ("late", "still", "cable"):
             assert one.returncode == 1, f"rank {rank}: exit {one.returncode}\n{one.stderr}"
             assert words in one.stderr, f"rank {rank} does not say {words!r}:\n{one.stderr}"
             assert "all_sum (100000,) float32" in one.stderr, f"last operation: {one.stderr}"
@@ -80,7 +91,7 @@ def test_a_rank_that_fails_on_mpi_ends_all() -> None:
 
 def test_a_declared_phase_may_last(outcomes: dict[str, list[RankResult]]) -> None:
     """Catches a job ended because one rank downloads or tokenises for long."""
-    for one in outcomes["phase"]:
+    for one in (*outcomes["phase"], *outcomes["reports"]):
         assert one.returncode == 0 and "finished" in one.stdout, one.stderr
 
 
@@ -98,6 +109,32 @@ def test_garbage_on_the_heartbeat_port_is_dropped_and_logged(
     for one in outcomes["garbage"]:
         assert one.returncode == 0 and "finished" in one.stdout, one.stderr
     assert outcomes["garbage"][0].stderr.count("dropped a message") >= 3
+
+
+def test_a_crowd_on_the_heartbeat_port_ends_nothing(
+    outcomes: dict[str, list[RankResult]],
+) -> None:
+    """Catches a watchdog that dies of the last file descriptor, and the job with it."""
+    for one in outcomes["crowd"]:
+        assert one.returncode == 0 and "finished" in one.stdout, one.stderr
+
+
+@pytest.mark.parametrize("num_idle", [3, 100])
+def test_the_control_port_keeps_a_known_rank_and_few_strangers(num_idle: int) -> None:
+    """Catches idle connections piling up, and a rank being dropped instead of one of them."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = ControlPort(listener, "secret", selectors.DefaultSelector(), 2)
+        idle = []
+        for number in range(num_idle):
+            idle.append(socket.create_connection(listener.getsockname()))
+            port.accept()
+            port.peers[0].rank = 1
+        assert len(port.peers) == min(num_idle, 1 + NUM_STRANGERS + 2)
+        assert port.peers[0].rank == 1
+        port.drop_silent_strangers(time.monotonic() + 60)
+        assert [peer.rank for peer in port.peers] == [1]
+        for sock in (*idle, *(peer.channel.sock for peer in port.peers)):
+            sock.close()
 
 
 Ends = tuple[Channel, Channel]
@@ -164,6 +201,9 @@ def test_a_replayed_message_is_refused(ends: Ends) -> None:
 
 def test_the_timeout_is_checked() -> None:
     """Catches a mistyped COMM_TIMEOUT that would switch the watchdog off."""
+    assert phase_timeout_seconds({}) == 600
+    with pytest.raises(ValueError, match="COMM_PHASE_TIMEOUT is 'soon'"):
+        phase_timeout_seconds({"COMM_PHASE_TIMEOUT": "soon"})
     assert timeout_seconds({}) == 300 and timeout_seconds({"COMM_TIMEOUT": "0"}) == 0
     for text in ("-1", "soon", "inf", "nan"):
         with pytest.raises(ValueError, match="COMM_TIMEOUT"):

@@ -23,6 +23,17 @@ group = fake_group(world, "jaccl", hangs=True) if "fake" in sys.argv else world
 mx.eval(group.all_sum(mx.ones((4,))), group.all_max(mx.ones((4,))))
 group.barrier()
 print("joined", flush=True)
+if kind == "cable":
+    if group.rank == victim:
+        # Where the queue is full the system answers nothing, as over a cut cable.
+        full = socket.create_server(("127.0.0.1", 0), backlog=0)
+        waiting = [socket.socket() for _ in range(4)]
+        for sock in waiting:
+            sock.setblocking(False)
+            sock.connect_ex(full.getsockname())
+        world.watchdog.following = [full.getsockname()]
+    group.progress.record("all_sum", (100_000,), mx.float32)
+    time.sleep(1000)
 if group.rank == victim:
     if kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -39,6 +50,13 @@ if group.rank == victim:
     elif kind == "phase":
         with group.progress.long_phase("tokenising"):
             time.sleep(6)
+    elif kind == "reports":
+        with group.progress.long_phase("tokenising"):
+            for _ in group.progress.reporting(range(12)):
+                time.sleep(0.5)
+    elif kind == "still":
+        with group.progress.long_phase("tokenising"):
+            time.sleep(1000)
 if kind == "goodbye":
     time.sleep(6)  # longer than the grace of a death
     print("finished", flush=True)
@@ -51,6 +69,19 @@ if kind == "garbage":
                 sock.sendall(junk)
                 time.sleep(0.3)
     time.sleep(1)
+if kind == "crowd":
+    import resource  # noqa: E402
+
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    allowed = len(os.listdir("/dev/fd")) + (8 if group.rank == 0 else 400)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if group.rank == 1:
+        endpoint = world.watchdog._hub.sock.getpeername()
+        crowd = [socket.create_connection(endpoint, timeout=30) for _ in range(377)]
+    for _ in range(10):  # longer than the time-out
+        group.barrier()
+        time.sleep(0.5)
+    assert world.watchdog._thread.is_alive()
 for _ in range(3):
     mx.eval(group.all_sum(mx.ones((100_000,))))
 group.barrier()
