@@ -88,7 +88,8 @@ def value_and_grad(
     local_step = state.runner(loss_fn) if state.runner else _accumulate(model, loss_fn, compile_local, row_threads)
 
     def step(micro_batches: Sequence[Batch], times: StepTimes | None = None) -> tuple[mx.array, Any, mx.array]:
-        loss, num_tokens, grads = local_step(micro_batches)
+        with state.step():
+            loss, num_tokens, grads = local_step(micro_batches)
         if times is not None:
             times.end("local", [loss, num_tokens, grads])
             for group in state.loss_groups:

@@ -1,15 +1,17 @@
 """DataParallel: every rank holds the whole model and computes its share of the batch.
 
 Gradients are summed over the ranks by `parallel.value_and_grad`, which divides once by the token count of
-all ranks; `nn.value_and_grad` on a wrapped model gives this rank's gradients only.
+all ranks; `nn.value_and_grad` on a wrapped model would give this rank's gradients only, and is refused.
 """
+
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
 import comm
-from parallel.wrapper import Wrapper
+from parallel.wrapper import Wrapper, without_gradient
 
 
 class DataParallel(Wrapper):
@@ -46,3 +48,15 @@ class DataParallel(Wrapper):
         fusion = comm.GradientFusion(group, bucket_bytes=bucket_bytes, wire_dtype=wire_dtype)
         state.fusions.append(fusion)
         state.reducers.append(fusion.all_sum)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the module itself; with several ranks, its gradient exists in `parallel.value_and_grad` only."""
+        outputs = super().__call__(*args, **kwargs)
+        state = self.parallel_state
+        if state.in_step or state.groups["dp_replicate"].size == 1:
+            return outputs
+        reason = (
+            "nn.value_and_grad on a DataParallel model gives the gradients of this rank's rows only, and the ranks would "
+            "drift apart; train with parallel.value_and_grad."
+        )
+        return tree_map(lambda output: without_gradient(output, [], reason), outputs)

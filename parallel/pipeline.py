@@ -19,7 +19,7 @@ from parallel.pipeline_step import PipelineStep
 from parallel.schedule import plan_actions
 from parallel.stage import Stage
 from parallel.stages import check_stages, choose_split, cut_model, own_caches
-from parallel.wrapper import Wrapper, parallel_state
+from parallel.wrapper import Wrapper, without_gradient, parallel_state
 
 
 class PipelineParallel(Wrapper):
@@ -91,7 +91,7 @@ class PipelineParallel(Wrapper):
         if not stage.passage.is_last:
             stage.send(result)
         logits = stage.share_logits(result if stage.passage.is_last else None, inputs.shape)
-        return _without_gradient(logits, [p for _, p in tree_flatten(self.trainable_parameters())])
+        return without_gradient(logits, [p for _, p in tree_flatten(self.trainable_parameters())], "A pipeline has no gradient through model(tokens); train with parallel.value_and_grad.")
 
     def make_cache(self) -> list[Any]:
         """Key-value caches for generation: real ones for this stage's layers, stand-ins for the others."""
@@ -146,17 +146,3 @@ def _shared_names(model: nn.Module) -> list[str]:
     module = text_model(model).model.embed_tokens
     path = next(path for path, other in model.named_modules() if other is module)
     return [f"{path}.{name}" for name, _ in tree_flatten(module.parameters())]
-
-
-def _without_gradient(logits: mx.array, parameters: list[mx.array]) -> mx.array:
-    """`logits`, with an error in place of their gradient, which would silently be zero."""
-
-    @mx.custom_function
-    def leave(logits, *parameters):
-        return logits
-
-    @leave.vjp
-    def leave_vjp(primals, cotangent, output):
-        raise ValueError("A pipeline has no gradient through model(tokens); train with parallel.value_and_grad.")
-
-    return leave(logits, *parameters)

@@ -6,10 +6,12 @@ PyTorch's `fully_shard` does. Parameter names, flags, attributes and `isinstance
 know of each other lives in one `ParallelState` on the module.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 
 import comm
@@ -33,6 +35,7 @@ class ParallelState:
         forward: `forward(loss_fn, model, batch) -> (loss_sum, num_tokens)` in place of `loss_fn`, or None.
         phases: evaluates a traced pass in steps.
         repeated: names of parameters that another pipeline stage has too, and counts (tied embeddings).
+        in_step: a step of `parallel.value_and_grad` is computing this rank's gradients.
     """
 
     groups: dict[str, comm.Group] = field(default_factory=dict)
@@ -43,6 +46,16 @@ class ParallelState:
     forward: Callable | None = None
     phases: Phases = field(default_factory=Phases)
     repeated: frozenset[str] = frozenset()
+    in_step: bool = False
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Within this context gradients are those of a step, which sums them over the ranks afterwards."""
+        self.in_step = True
+        try:
+            yield
+        finally:
+            self.in_step = False
 
     @property
     def is_local(self) -> bool:
@@ -98,3 +111,17 @@ def unwrap(model: nn.Module) -> nn.Module:
     if hasattr(model, "parallel_state"):
         del model.parallel_state
     return model
+
+
+def without_gradient(output: mx.array, parameters: list[mx.array], reason: str) -> mx.array:
+    """`output`, whose gradient, and that of `parameters`, raises `ValueError(reason)` instead of being silently wrong."""
+
+    @mx.custom_function
+    def leave(output: mx.array, *parameters: mx.array) -> mx.array:
+        return output
+
+    @leave.vjp
+    def leave_vjp(primals: Any, cotangent: Any, output: Any) -> Any:
+        raise ValueError(reason)
+
+    return leave(output, *parameters)

@@ -248,10 +248,11 @@ def read_rows(path: Path) -> list[dict]:
     """The rows of a ``metrics.jsonl`` or ``samples.jsonl`` in file order, up to a torn line. No file: no rows."""
     rows = []
     if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        # Cut at newlines alone: text may hold other characters at which str.splitlines() would cut.
+        for line in path.read_bytes().split(b"\n"):
             try:
                 row = json.loads(line)
-            except ValueError:
+            except ValueError:  # an undecodable character included
                 break
             if not isinstance(row, dict) or STEP_KEY not in row:
                 break

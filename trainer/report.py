@@ -247,16 +247,20 @@ def _generations(runs: Sequence[RunFiles]) -> str:
         return ""
     last = {run.name: {sample["prompt"]: sample for sample in run.samples[-1]["samples"]} for run in having}
     prompts = list(dict.fromkeys(prompt for samples in last.values() for prompt in samples))[:MAX_SAMPLES]
-    has_expected = any(sample["expected"] is not None for samples in last.values() for sample in samples.values())
+    # Runs may have been asked the same for different answers, so each shows its own.
+    expecting = {name for name, samples in last.items() if any(s["expected"] is not None for s in samples.values())}
     rows = []
     for prompt in prompts:
-        found = [last[run.name].get(prompt) for run in having]
         cells = [f"<pre>{escape(prompt)}</pre>"]
-        if has_expected:
-            cells.append(f"<pre>{escape(next((s['expected'] or '' for s in found if s), ''))}</pre>")
-        rows.append(cells + [_answer(sample) for sample in found])
-    head = ["prompt", *(["expected"] if has_expected else [])]
-    head += [f"{run.name}, step {run.samples[-1][STEP_KEY]}" for run in having]
+        for run in having:
+            sample = last[run.name].get(prompt)
+            if run.name in expecting:
+                cells.append(f"<pre>{escape((sample and sample['expected']) or '')}</pre>")
+            cells.append(_answer(sample))
+        rows.append(cells)
+    head = ["prompt"]
+    for run in having:
+        head += [f"{run.name}, expected"] * (run.name in expecting) + [f"{run.name}, step {run.samples[-1][STEP_KEY]}"]
     return table(head, rows)
 
 

@@ -289,8 +289,17 @@ def introduce(parts: Parts, progress: Progress, notices: list[str], metrics: Met
 
 
 def _num_elements(parts: Parts, tree: Any) -> int:
-    """Elements of the whole model's tensors, whatever this rank holds of them. Every rank calls it."""
+    """Elements of the whole model's tensors, whatever this rank holds of them. Every rank calls it.
+
+    A quantized weight counts its elements, not the words that they are packed in, nor their scales.
+    """
     layout, repeated = model_layout(parts.model), parallel_state(parts.model).repeated
+    per_word = {
+        f"{path}.{name}": 32 / module.bits if name == "weight" else 0
+        for path, module in parts.model.named_modules()
+        if "scales" in module
+        for name in ("weight", "scales", "biases")
+    }
     shapes = {n: layout[n].full_shape(p.shape) if n in layout else p.shape for n, p in tree_flatten(tree)}
-    own = sum(math.prod(shape) for name, shape in shapes.items() if name not in repeated)
+    own = sum(round(math.prod(shape) * per_word.get(n, 1)) for n, shape in shapes.items() if n not in repeated)
     return int(parts.mesh.pp.all_sum(mx.array(own, dtype=mx.int64)).item())

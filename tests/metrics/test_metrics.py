@@ -9,7 +9,7 @@ import mlx.core as mx
 import pytest
 from rich.console import Console
 
-from trainer.metrics import METRIC_KEYS, JsonlSink, Metrics, Row, read_rows
+from trainer.metrics import METRIC_KEYS, JsonlSink, Metrics, Row, _Lines, read_rows
 from trainer.terminal import TerminalSink
 from trainer.throughput import Throughput, memory_row
 
@@ -20,6 +20,17 @@ def row(step: int, **values: float) -> Row:
 
 def steps_in(path: Path) -> list[int]:
     return [found["train/global_step"] for found in read_rows(path)]
+
+
+def test_text_that_looks_like_the_end_of_a_line(tmp_path: Path) -> None:
+    """Rows that vanish on resume, as their text holds what Unicode takes for a new line; a torn character at the end."""
+    path = tmp_path / "samples.jsonl"
+    rows = [{"train/global_step": step, "text": f"a{mark}b"} for step, mark in enumerate("\u2028\u2029\x85")]
+    written = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    path.write_bytes(written + '{"train/global_step": 9, "text": "é'.encode()[:-1])
+    assert read_rows(path) == rows
+    assert _Lines(path, print).cut(2) == rows
+    assert path.read_bytes() == written
 
 
 class Clock:

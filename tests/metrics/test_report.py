@@ -77,6 +77,16 @@ def test_one_file_without_network(tmp_path: Path) -> None:
     assert "<script>alert(1)</script> & Q" in page.words
 
 
+def test_each_run_has_its_own_expected_answer(tmp_path: Path) -> None:
+    """The first run's expected answer beside all runs, where two runs were asked the same on different rows."""
+    runs = [make_run(tmp_path / "a", 1e-4), make_run(tmp_path / "b", 1e-4)]
+    samples = runs[1] / "samples.jsonl"
+    samples.write_text(samples.read_text().replace('"expected": "A"', '"expected": "another"'))
+    text = report(runs)
+    assert "<pre>A</pre>" in text and "<pre>another</pre>" in text
+    assert "a, expected" in text and "b, expected" in text
+
+
 def test_shows_what_was_measured_and_nothing_else(tmp_path: Path) -> None:
     """A chart of a key that no run has, or a missing one."""
     text = report([make_run(tmp_path / "a", 1e-4, comm__exposed_pct=6.0, memory__peak_gib=2.0, train__skipped_steps=0)])

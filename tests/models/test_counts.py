@@ -1,0 +1,19 @@
+"""Numbers that a run says of itself at its start."""
+
+from types import SimpleNamespace
+
+import comm
+import mlx.nn as nn
+from tiny import make
+from mlx.utils import tree_flatten
+
+from trainer.run import _num_elements
+
+
+def test_a_quantized_model_counts_its_weights() -> None:
+    """Catches packed words being counted as parameters, eight of which are one word at 4 bits."""
+    model = make("qwen3", hidden_size=64, intermediate_size=64)
+    expected = sum(array.size for _, array in tree_flatten(model.parameters()))
+    nn.quantize(model, group_size=32, bits=4)
+    parts = SimpleNamespace(model=model, mesh=SimpleNamespace(pp=comm.solo()))
+    assert _num_elements(parts, model.parameters()) == expected
