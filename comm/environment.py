@@ -29,15 +29,19 @@ def ring_hosts(environ: Mapping[str, str]) -> list[list[str]]:
 
 
 @contextmanager
-def environment(**variables: str) -> Iterator[None]:
-    """Sets environment variables for the duration of a `with` block."""
+def environment(**variables: str | None) -> Iterator[None]:
+    """Sets environment variables, or removes those that are None, for the duration of a `with` block."""
     before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
+    _change(variables)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        _change(before)
+
+
+def _change(variables: Mapping[str, str | None]) -> None:
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value

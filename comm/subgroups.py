@@ -74,7 +74,13 @@ class SubGroups:
         if len(line) > 1:
             _clear_backends()
             start = _start_ring if wish.backend == "ring" else _start_jaccl
-            native = start(hosts, line, line.index(self.world.rank), wish.backend)
+            rank = line.index(self.world.rank)
+            native = start(hosts, line, rank, wish.backend)
+            if (native.rank(), native.size()) != (rank, len(line)):
+                raise RuntimeError(
+                    f"A {wish.backend} group of the ranks {line} was asked for, in which this is rank {rank}; MLX gave "
+                    f"rank {native.rank()} of {native.size()}. Is a variable of another job set?"
+                )
         return Group(
             native,
             wish.backend,
@@ -134,7 +140,8 @@ def _start_ring(
 def _start_jaccl(
     hosts: list[list[str]], line: list[int], rank: int, backend: str
 ) -> mx.distributed.Group:
-    world = json.loads(Path(os.environ["MLX_IBV_DEVICES"]).read_text())
+    path = os.environ.get("JACCL_IBV_DEVICES") or os.environ["MLX_IBV_DEVICES"]
+    world = json.loads(Path(path).read_text())
     devices = [[world[i][j] for j in line] for i in line]
     missing = [
         f"{line[i]} to {line[j]}"
@@ -143,16 +150,20 @@ def _start_jaccl(
         if i != j and device is None
     ]
     if missing:
-        raise ValueError(f"MLX_IBV_DEVICES names no RDMA device for the ranks {missing}.")
-    with _file(devices) as path:
+        raise ValueError(f"{path} names no RDMA device for the ranks {missing}.")
+    with _file(devices) as group_path:
+        ring = "1" if backend == "jaccl-ring" else None
         variables = {
-            "MLX_RANK": str(rank),
-            "MLX_IBV_DEVICES": path,
-            "MLX_JACCL_COORDINATOR": hosts[0][0],
+            "RANK": str(rank),
+            "IBV_DEVICES": group_path,
+            "COORDINATOR": hosts[0][0],
+            "RING": ring,
         }
-        if backend == "jaccl-ring":
-            variables["MLX_JACCL_RING"] = "1"
-        with environment(**variables):
+        # JACCL takes the first name of each pair where both are set, so neither may keep the world's.
+        theirs = {f"JACCL_{name}": value for name, value in variables.items()}
+        ours = {f"MLX_JACCL_{name}": variables[name] for name in ("COORDINATOR", "RING")}
+        ours |= {f"MLX_{name}": variables[name] for name in ("RANK", "IBV_DEVICES")}
+        with environment(**theirs, **ours):
             native = mx.distributed.init(strict=True, backend="jaccl")
     # The first message after connecting can arrive damaged, so one is spent here.
     mx.eval(mx.distributed.all_sum(mx.zeros((1,)), group=native, stream=mx.cpu))
