@@ -2,10 +2,12 @@
 
 import argparse
 import os
+import shlex
 import sys
 from typing import Any
 
 from comm.capabilities import CAPABILITIES
+from comm.job import SSH
 
 BACKENDS = tuple(CAPABILITIES)
 
@@ -36,7 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _launch(
     parser: argparse.ArgumentParser, options: argparse.Namespace, command: list[str]
 ) -> int:
-    from comm.launch import Job, launch, make_hosts, mpi_job
+    from comm.job import Job, make_hosts, mpi_job
+    from comm.launch import launch
 
     if not command:
         parser.error("launch needs the program to start: python -m comm launch -n 2 -- python x.py")
@@ -100,10 +103,10 @@ def _add_launch(verbs: Any) -> None:
     launch.add_argument("--backend", choices=BACKENDS, help="default: the hostfile's, else ring")
     launch.add_argument("--max-restarts", type=_not_negative, default=0, help="restarts after a failure (default 0)")
     launch.add_argument(
-        "--timeout", type=float, default=300.0, help="seconds a rank may be missing (default 300)"
+        "--timeout", type=_seconds, default=300.0, help="seconds a rank may be missing (default 300)"
     )
     launch.add_argument("--python", default="python3", help="interpreter on other hosts")
-    launch.add_argument("--ssh", default="ssh -o BatchMode=yes", help="command that reaches them")
+    launch.add_argument("--ssh", default=SSH, type=_command, help="command that reaches them")
     launch.add_argument("--cwd", default=os.getcwd(), help="folder to start in, where it exists")
 
 
@@ -125,7 +128,27 @@ def _add_doctor(verbs: Any) -> None:
     doctor = _add_verb(verbs, "doctor", "check the hosts; each line is pass, warn or fail", example)
     doctor.add_argument("--hostfile", help="hosts as mlx.distributed_config writes them")
     doctor.add_argument("--python", default="python3", help="interpreter on other hosts")
-    doctor.add_argument("--ssh", default="ssh -o BatchMode=yes", help="command that reaches them")
+    doctor.add_argument("--ssh", default=SSH, type=_command, help="command that reaches them")
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds >= 0")
+    return seconds
+
+
+def _command(text: str) -> str:
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no command: {error}") from None
+    if not words or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no command")
+    return text
 
 
 def _positive(text: str) -> int:

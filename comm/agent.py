@@ -93,6 +93,12 @@ def kill_group(process: subprocess.Popen, number: int) -> None:
         pass  # all of them have ended
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether a process is held by SIGSTOP or SIGTSTP, as `ps` says."""
+    done = subprocess.run(["ps", "-o", "state=", "-p", str(pid)], capture_output=True, text=True)
+    return done.stdout.strip().startswith("T")
+
+
 def _obey(process: subprocess.Popen) -> None:
     """Passes signals and input on; an end of the input means that the launcher is gone."""
     typed: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -103,6 +109,10 @@ def _obey(process: subprocess.Popen) -> None:
         message = json.loads(line)
         if "signal" in message:
             kill_group(process, message["signal"])
+        elif "end_if_stopped" in message:
+            if is_stopped(process.pid):
+                print("comm: this rank is stopped, while others have ended", file=sys.stderr, flush=True)
+                kill_group(process, signal.SIGKILL)
         else:
             typed.put(message["input"])
     kill_group(process, signal.SIGTERM)  # mpirun ends its ranks only on this one

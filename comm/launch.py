@@ -13,95 +13,24 @@ import queue
 import re
 import secrets
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
 import threading
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from comm.agent import GREETING
-from comm.hostfile import LOCAL, Host, HostList, check_hosts, read_hostfile
+from comm.hostfile import Host
+from comm.job import Job, make_orders
 
 GRACE_SECONDS = 6.0  # for the watchdogs to name the missing rank, once one has failed
-STOP_SECONDS = 5.0  # from SIGTERM to SIGKILL
-# The last rank of a ring is the first to call another one, and waits a whole second where rank 0 is not there yet.
-HEAD_START_SECONDS = 0.1
+STOP_SECONDS = 5.0  # from SIGTERM to SIGKILL, and from that to giving the host up
+LONGEST_LINE_BYTES = 1 << 16  # of what a rank prints; a longer one is passed on in pieces
 MPI_PREFIX = re.compile(rb"^(\[\d+\])<std(?:out|err)>: ?")
 USER_ERROR = 2  # what the user wrote is wrong: starting again would not help
-
-
-@dataclass(frozen=True)
-class Job:
-    """What to start, and where.
-
-    Attributes:
-        command: The program and its arguments.
-        hosts: One host per rank.
-        backend: Backend of the world.
-        timeout_seconds: The watchdog's time-out.
-        max_restarts: How often the whole job is started again after a failure.
-        python: The interpreter for agents on other hosts.
-        ssh: The command that reaches them.
-        cwd: Folder to start in, where it exists.
-        prefix: Put the rank before each line.
-    """
-
-    command: tuple[str, ...]
-    hosts: HostList
-    backend: str
-    timeout_seconds: float = 300.0
-    max_restarts: int = 0
-    python: str = "python3"
-    ssh: str = "ssh -o BatchMode=yes"
-    cwd: str = ""
-    prefix: bool = True
-
-
-def make_hosts(num_ranks: int | None, hosts: str | None, hostfile: str | None) -> HostList:
-    """The hosts from the command line: N local ranks, names, or a hostfile.
-
-    Raises:
-        ValueError: Everything that is wrong with them.
-    """
-    if hostfile:
-        if num_ranks or hosts:
-            raise ValueError("--hostfile names the ranks; -n and --hosts do not go with it.")
-        return read_hostfile(hostfile)
-    names = hosts.split(",") if hosts else ["127.0.0.1"]
-    single = HostList(tuple(Host(name) for name in names))
-    problems = check_hosts(single)
-    if problems:
-        raise ValueError("\n".join(f"--hosts: {problem}" for problem in problems))
-    return HostList(tuple(Host(name) for name in names for _ in range(num_ranks or 1)))
-
-
-def mpi_job(job: Job) -> Job:
-    """The same job in the hands of `mpirun`, which the launcher then starts as its only rank.
-
-    Raises:
-        ValueError: There is no mpirun.
-    """
-    beside = Path(sys.executable).parent / "mpirun"
-    mpirun = str(beside) if beside.exists() else shutil.which("mpirun")
-    if not mpirun:
-        raise ValueError("There is no mpirun: pip install -e '.[mpi]', or install Open MPI.")
-    slots = Counter(host.ssh for host in job.hosts.hosts)
-    options = ["--host", ",".join(f"{name}:{count}" for name, count in slots.items())]
-    options += ["-n", str(len(job.hosts.hosts)), "--bind-to", "none", "--output", "rank"]
-    if max(slots.values()) > (os.cpu_count() or 1):
-        options += ["--map-by", ":OVERSUBSCRIBE", "--mca", "mpi_yield_when_idle", "1"]
-    if hasattr(os, "geteuid") and os.geteuid() == 0:
-        options.append("--allow-run-as-root")
-    variables = [*dict(job.hosts.variables), "COMM_TIMEOUT", "COMM_BACKEND", "PYTHONUNBUFFERED"]
-    for name in variables:
-        options += ["-x", name]
-    hosts = replace(job.hosts, hosts=(Host(LOCAL[0]),))
-    return replace(job, command=(mpirun, *options, *job.command), hosts=hosts)
 
 
 def launch(job: Job) -> int:
@@ -113,6 +42,14 @@ def launch(job: Job) -> int:
             return code
         _say(f"the job failed with exit code {code}; restart {attempt + 1} of {job.max_restarts}")
     return code
+
+
+@dataclass(frozen=True)
+class _Due:
+    """What is done after so many seconds without an event."""
+
+    seconds: float
+    act: Callable[[], None]
 
 
 class Run:
@@ -128,7 +65,9 @@ class Run:
         self.told_to_stop = False
         self._events: queue.Queue[tuple[str, int, int]] = queue.Queue()
         self._lock = threading.Lock()
+        self._unwritable: set[Any] = set()
         self._code = 0
+        self._due: list[_Due] = []  # what is done when nothing else happens, one after the other
         self._agents = [self._start_agent(host) for host in job.hosts.hosts]
         self._running = set(range(len(self._agents)))
         try:
@@ -157,37 +96,87 @@ class Run:
 
     def finish(self) -> int:
         """Waits for all ranks; ends the others after one has failed."""
-        handlers = {
-            number: signal.signal(number, self._on_signal)
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        }
+        handled = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup leaves it
+            handled.append(signal.SIGHUP)
+        handlers = {number: signal.signal(number, self._on_signal) for number in handled}
         # In the background there is nothing to read; the signal would stop the launcher.
         handlers[signal.SIGTTIN] = signal.signal(signal.SIGTTIN, signal.SIG_IGN)
-        next_step: tuple[float, int] | None = None  # seconds until a signal is due to all
         try:
             while self._running:
+                due = self._due[0] if self._due else None
                 try:
-                    kind, rank, code = self._events.get(timeout=next_step and next_step[0])
+                    kind, rank, code = self._events.get(timeout=due and due.seconds)
                 except queue.Empty:
-                    self._signal_all(next_step[1])
-                    next_step = (STOP_SECONDS, signal.SIGKILL)
+                    self._due.pop(0)
+                    due.act()
                     continue
                 if kind == "signal":
-                    again = self.told_to_stop
-                    self.told_to_stop = True
-                    self._signal_all(signal.SIGKILL if again else code)
-                    continue
-                self._running.discard(rank)
-                if code and not self._code:
-                    self._code = code
-                    _say(f"rank {rank} ({self.job.hosts.hosts[rank].ssh}) ended with {code}")
-                    next_step = next_step or (GRACE_SECONDS, signal.SIGTERM)
+                    self._pass_on(code)
+                elif kind == "lost":
+                    self._give_up(rank)
+                else:
+                    self._note_end(rank, code)
             for reader in self._readers:
                 reader.join(timeout=STOP_SECONDS)
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         return self._code
+
+    def _pass_on(self, number: int) -> None:
+        """A signal to the launcher: the ranks finish their step and save; a second one ends them at once."""
+        if number == signal.SIGHUP:  # the terminal is gone: once or twice, the ranks may save
+            number = signal.SIGTERM
+        elif self.told_to_stop:
+            number = signal.SIGKILL
+        self.told_to_stop = True
+        self._signal_all(number)
+
+    def _note_end(self, rank: int, code: int) -> None:
+        self._running.discard(rank)
+        if code and not self._code:
+            self._code = code
+            _say(f"rank {rank} ({self.job.hosts.hosts[rank].ssh}) ended with {code}")
+            self._due = [
+                _Due(GRACE_SECONDS, lambda: self._signal_all(signal.SIGTERM)),
+                _Due(STOP_SECONDS, lambda: self._signal_all(signal.SIGKILL)),
+                _Due(STOP_SECONDS, self._give_up_all),
+            ]
+            for other in self._running:
+                threading.Thread(target=self._look_for, args=(other,), daemon=True).start()
+        elif not self._due and self.job.timeout_seconds:
+            self._due = [_Due(self.job.timeout_seconds, self._end_stopped)]
+
+    def _end_stopped(self) -> None:
+        """Some ranks have ended as they should: one that is stopped since would hold the job for ever."""
+        for rank in self._running:
+            self._tell(rank, {"end_if_stopped": True})
+        self._due = [_Due(self.job.timeout_seconds, self._end_stopped)]
+
+    def _look_for(self, rank: int) -> None:
+        """Whether the rank's host still answers, once the job has failed."""
+        host = self.job.hosts.hosts[rank]
+        if host.is_local:
+            return
+        command = [*shlex.split(self.job.ssh), host.ssh, "true"]
+        try:
+            answers = not subprocess.run(
+                command, stdin=subprocess.DEVNULL, capture_output=True, timeout=GRACE_SECONDS
+            ).returncode
+        except subprocess.TimeoutExpired:
+            answers = False
+        if not answers:
+            self._events.put(("lost", rank, 0))
+
+    def _give_up(self, rank: int) -> None:
+        if rank in self._running:
+            _say(f"rank {rank}: {self.job.hosts.hosts[rank].ssh} does not answer and is given up")
+            self._agents[rank].kill()
+
+    def _give_up_all(self) -> None:
+        for rank in list(self._running):
+            self._give_up(rank)
 
     def _start_agent(self, host: Host) -> subprocess.Popen:
         if host.is_local:
@@ -246,53 +235,23 @@ class Run:
     def _copy(self, rank: int, pipe: BinaryIO, out: Any) -> None:
         mpi = self.job.backend == "mpi"  # whose mpirun writes [rank]<stdout>: itself
         prefix = b"" if mpi or not self.job.prefix else f"[{rank}] ".encode()
-        for line in pipe:
+        while line := pipe.readline(LONGEST_LINE_BYTES):
             if mpi:
                 line = MPI_PREFIX.sub(rb"\1 " if self.job.prefix else b"", line)
             with self._lock:
-                out.buffer.write(prefix + line.rstrip(b"\n") + b"\n")
-                out.buffer.flush()
+                self._write(out, prefix + line.rstrip(b"\n") + b"\n")
 
-
-def make_orders(
-    job: Job, greetings: Sequence[dict[str, Any]], secret: str
-) -> list[dict[str, Any]]:
-    """What each agent is to start: the command and the environment that its backend needs."""
-    num_ranks = len(greetings)
-    shared = {
-        **dict(job.hosts.variables),
-        "COMM_TIMEOUT": f"{job.timeout_seconds:g}",
-        "PYTHONUNBUFFERED": "1",
-    }
-    files: dict[str, Any] = {}
-    extra = [greeting["extra"][0] for greeting in greetings]
-    if num_ranks > 1 or job.backend == "mpi":
-        shared["COMM_BACKEND"] = job.backend
-    if num_ranks > 1:
-        shared["COMM_ADDRESSES"] = json.dumps([greeting["control"] for greeting in greetings])
-        shared["COMM_SECRET"] = secret
-        files["MLX_HOSTFILE"] = [greeting["ring"] for greeting in greetings]
-        if job.backend.startswith("jaccl"):
-            files["MLX_IBV_DEVICES"] = [host.rdma for host in job.hosts.hosts]
-            shared["MLX_JACCL_COORDINATOR"] = extra[0]
-        if job.backend == "jaccl-ring":
-            shared["MLX_JACCL_RING"] = "1"
-        if job.backend == "nccl":
-            shared["MLX_WORLD_SIZE"] = str(num_ranks)
-            shared["NCCL_HOST_IP"], shared["NCCL_PORT"] = extra[0].split(":")
-    orders = []
-    for rank, host in enumerate(job.hosts.hosts):
-        variables = dict(shared)
-        if num_ranks > 1:
-            variables["MLX_RANK"] = str(rank)
-        if job.backend == "nccl":
-            before = [other.ssh for other in job.hosts.hosts[:rank]]
-            variables["CUDA_VISIBLE_DEVICES"] = str(before.count(host.ssh))
-        orders.append({
-            "command": job.command, "cwd": job.cwd, "variables": variables, "files": files,
-            "delay_seconds": HEAD_START_SECONDS if 0 < rank == num_ranks - 1 else 0.0,
-        })  # fmt: skip
-    return orders
+    def _write(self, out: Any, data: bytes) -> None:
+        """Passes a line on. Where nobody reads any more, or the disk is full, the ranks go on all the same."""
+        if out in self._unwritable:
+            return
+        left = memoryview(data)
+        try:
+            while left:
+                left = left[os.write(out.fileno(), left) :]
+        except OSError as error:
+            self._unwritable.add(out)
+            _say(f"output cannot be passed on ({error.strerror}); the job goes on without")
 
 
 def agent_environment() -> dict[str, str]:
@@ -303,4 +262,7 @@ def agent_environment() -> dict[str, str]:
 
 
 def _say(text: str) -> None:
-    print(f"comm launch: {text}", file=sys.stderr, flush=True)
+    try:
+        os.write(2, f"comm launch: {text}\n".encode())
+    except OSError:
+        pass  # nobody reads; the exit code tells

@@ -14,7 +14,7 @@ from comm.doctor import judge
 from comm.capabilities import missing_variables
 from comm.environment import ring_hosts
 from comm.hostfile import Host, HostList, read_hostfile
-from comm.launch import Job, make_orders
+from comm.job import Job, make_orders
 from comm.probe import mac_addresses, mac_ports, probe, rdma_devices
 
 HOSTFILES = Path(__file__).parents[2] / "recipes" / "hostfiles"

@@ -210,3 +210,59 @@ def test_mlx_launch_and_no_launcher() -> None:
     }  # fmt: skip
     for words, process in running.items():
         assert words in process.communicate(timeout=60)[0]
+
+
+def test_a_rank_that_is_stopped_after_the_others_have_ended(tmp_path: Path) -> None:
+    """Catches a launcher that waits for ever for a rank that nobody needs any more."""
+    program = "import os, signal\nif os.environ['MLX_RANK'] == '1': os.kill(os.getpid(), signal.SIGSTOP)\n"
+    began = time.monotonic()
+    done = launch("-n", "2", "--timeout", "1", "--", sys.executable, "-c", program)
+    assert done.returncode == 137, done.stderr
+    assert "[1] comm: this rank is stopped" in done.stderr
+    assert time.monotonic() - began < 11
+
+
+def test_a_rank_that_works_on_after_the_others_have_ended() -> None:
+    """Catches a rank that is taken for stopped, as it ends later than the rest."""
+    program = "import os, time\nif os.environ['MLX_RANK'] == '1': time.sleep(3)\n"
+    done = launch("-n", "2", "--timeout", "1", "--", sys.executable, "-c", program)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize("place", ["full disk", "no reader"])
+def test_output_that_cannot_be_passed_on(place: str) -> None:
+    """Catches a launcher that stops reading when it cannot write: the ranks would wait on a full pipe for ever."""
+    program = "for i in range(20000): print('a line of some length')\nraise SystemExit(7)"
+    command = [sys.executable, "-m", "comm", "launch", "-n", "2", "--", sys.executable, "-c", program]
+    reader, writer = os.pipe()
+    os.close(reader)
+    out = open("/dev/full", "wb") if place == "full disk" else open(writer, "wb")
+    with out, open(writer if place == "full disk" else os.devnull, "wb"):
+        done = subprocess.run(command, cwd=ROOT, env=environment(), stdout=out, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 7, done.stderr
+    assert done.stderr.count("output cannot be passed on") == 1, done.stderr
+
+
+def test_a_line_without_end_is_passed_on() -> None:
+    """Catches a launcher whose memory grows with a line that never ends."""
+    done = launch("-n", "1", "--", sys.executable, "-c", "print('x' * 200_000)")
+    assert done.returncode == 0 and done.stdout.count("x") == 200_000
+    assert max(map(len, done.stdout.splitlines())) < 70_000
+
+
+@pytest.mark.parametrize("options", [["--timeout", "inf"], ["--timeout", "-1"], ["--timeout", "x"], ["--ssh", ""], ["--ssh", "'"]])
+def test_options_that_mean_nothing(options: list[str]) -> None:
+    """Catches a traceback, or a job that starts and cannot end, where the user mistyped."""
+    done = launch("-n", "1", *options, "--", *JOB, "environment")
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert options[0] in done.stderr
+
+
+def test_the_terminal_goes_away_twice(tmp_path: Path) -> None:
+    """Catches ranks that are killed while they save, as SIGHUP came a second time."""
+    launcher, pids = start_sleepers(tmp_path, 2)
+    launcher.send_signal(signal.SIGHUP)
+    launcher.send_signal(signal.SIGHUP)
+    assert launcher.wait(timeout=30) == 143
+    wait_for(lambda: not any(map(is_alive, pids)), "the ranks to end")
