@@ -20,6 +20,7 @@ from comm.capabilities import CAPABILITIES, missing_variables
 from comm.environment import environment, ring_hosts
 from comm.group import Group
 from comm.memory import keep_freed_memory
+from comm.rendezvous import rendezvous_of
 from comm.subgroups import SubGroups
 from comm.watchdog import start_watchdog, timeout_seconds
 
@@ -90,8 +91,11 @@ def _world(backend: str) -> Group:
 
 def _connect_all_ranks(backend: str) -> mx.distributed.Group:
     """MLX's world. It waits without end, and holding the GIL, for a rank that never starts, so
-    until the watchdog runs only a timer outside of Python can end this."""
+    until the watchdog runs only a timer outside of Python can end this. So the ranks meet first
+    where they can."""
     if timeout := timeout_seconds(os.environ):
+        if meeting := rendezvous_of(os.environ):
+            meeting.meet(timeout)
         faulthandler.dump_traceback_later(max(timeout, CONNECT_SECONDS), exit=True)
     name = "jaccl" if backend == "jaccl-ring" else backend
     with environment(**_mpi_library(backend)):

@@ -52,8 +52,8 @@ if group.rank == victim:
             time.sleep(6)
     elif kind == "reports":
         with group.progress.long_phase("tokenising"):
-            for _ in group.progress.reporting(range(12)):
-                time.sleep(0.5)
+            for _ in group.progress.reporting(range(4)):
+                time.sleep(2)
     elif kind == "still":
         with group.progress.long_phase("tokenising"):
             time.sleep(1000)
