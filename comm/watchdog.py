@@ -27,11 +27,13 @@ from comm.heartbeat import Channel, Malformed
 from comm.ending import GRACE_SECONDS, farewells, leave_after
 from comm.judging import Judge, RankStatus, rank_names
 from comm.objects import all_gather_object, broadcast_object
+from comm.probe import interfaces
 from comm.progress import Progress
 
 _log = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT_SECONDS = 300.0
+CONNECT_SECONDS = 5.0  # for one address of rank 0 to answer
 DEFAULT_PHASE_TIMEOUT_SECONDS = 600.0
 
 
@@ -46,22 +48,52 @@ def start_watchdog(world: Group, environ: Mapping[str, str] = os.environ) -> "Wa
     if world.size == 1 or timeout == 0:
         return None
     own = own_addresses(environ)
-    listener = None
-    if world.rank == 0:
-        listener = socket.create_server((own["control"] or own["ring"][0], 0))
-    endpoint = list(listener.getsockname()[:2]) if listener else None
+    listener, endpoints = _listen(own) if world.rank == 0 else (None, [])
     ports = AnsweringPorts(own["ring"])
-    rows = all_gather_object([own["host"], endpoint, ports.endpoints], world)
+    rows = all_gather_object([own["host"], endpoints, ports.endpoints], world)
+    hub = _reach(rows[0][1]) if world.rank else None
+    lonely = [rank for rank, ok in enumerate(all_gather_object(world.rank == 0 or hub is not None, world)) if not ok]
+    if lonely:
+        if world.rank == 0:
+            _log.warning("ranks %s reach none of rank 0's addresses: the job runs without a heartbeat", lonely)
+        for sock in filter(None, (listener, hub)):
+            sock.close()
+        return None
     secret = environ.get("COMM_SECRET") or broadcast_object(secrets.token_hex(16), world)
     hosts = [row[0] for row in rows]
     following = [(ip, port) for ip, port in rows[(world.rank + 1) % world.size][2]]
     judge = Judge(timeout, phase_timeout_seconds(environ) or math.inf, _interval_of(timeout))
     watchdog = Watchdog(world.rank, hosts, secret, judge, world.progress, ports, following)
-    watchdog.start(listener, tuple(rows[0][1]))
+    watchdog.start(listener, hub)
     atexit.register(watchdog.close)
     farewells.append(watchdog.close)
     sys.excepthook = leave_after(sys.excepthook, world.progress)
     return watchdog
+
+
+def _listen(own: Mapping[str, Any]) -> tuple[socket.socket, list[tuple[str, int]]]:
+    """Rank 0's listener and where others may reach it.
+
+    Where no launcher says which address all hosts reach, that is any of this host's: in a ring of cables the first one
+    leads to one neighbour only.
+    """
+    if own["control"]:
+        listener = socket.create_server((own["control"], 0))
+        return listener, [listener.getsockname()[:2]]
+    found = [ip for interface in interfaces().values() for ip in interface["ips"] if not ip.startswith("127.")]
+    addresses = list(dict.fromkeys([*own["ring"], *found]))
+    listener = socket.create_server(("" if len(addresses) > 1 else addresses[0], 0))
+    return listener, [(address, listener.getsockname()[1]) for address in addresses]
+
+
+def _reach(endpoints: list[tuple[str, int]]) -> socket.socket | None:
+    """A connection to the first of the addresses that answers."""
+    for ip, port in endpoints:
+        try:
+            return socket.create_connection((ip, port), timeout=CONNECT_SECONDS)
+        except OSError:
+            continue
+    return None
 
 
 def timeout_seconds(environ: Mapping[str, str]) -> float:
@@ -130,14 +162,14 @@ class Watchdog:
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="comm-watchdog", daemon=True)
 
-    def start(self, listener: socket.socket | None, endpoint: tuple[str, int]) -> None:
-        """Rank 0 listens; the others connect to `endpoint`."""
+    def start(self, listener: socket.socket | None, hub: socket.socket | None) -> None:
+        """Rank 0 listens; the others have connected to it."""
         if listener is not None:
             self._port = ControlPort(listener, self._secret, self._selector, len(self.table))
         else:
-            sock = socket.create_connection(endpoint, timeout=self.timeout_seconds)
-            self._hub = Channel(sock, self._secret, listener=False)
-            self._selector.register(sock, selectors.EVENT_READ)
+            assert hub is not None, "a rank has a listener or a connection"
+            self._hub = Channel(hub, self._secret, listener=False)
+            self._selector.register(hub, selectors.EVENT_READ)
             # Rank 0 must know this connection before anything can happen to this rank.
             self._selector.select(timeout=self.timeout_seconds)
             self._hub.receive()

@@ -75,6 +75,7 @@ def test_a_cable_that_is_pulled_out(make_desk: Callable[..., Desk], tmp_path: Pa
     seconds, output = after(job, 3, lambda: desk.cut(1))
     assert job.returncode not in (0, None), output
     assert seconds < TIMEOUT_SECONDS + 10, f"{seconds:.1f} s\n{output}"
+    assert "gets no answer from rank 2" in output, output
 
 
 def after(job: "subprocess.Popen[str]", count: int, fault: Callable[[], None]) -> tuple[float, str]:
