@@ -4,6 +4,7 @@ Rank 0 holds the files: it chooses the checkpoint and sends the state. A checkpo
 method, seed or batch is refused; other changes of the recipe go on with a notice.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from trainer.agreement import broadcast_tensors, together
 from trainer.build import Parts
 from trainer.checkpoint import Checkpoint, CheckpointError, CheckpointFolder
 from trainer.config import Recipe
+from trainer.output import RESULT_FILE
 from trainer.progress import WATCHDOG_ROWS, Progress
 from trainer.rules import resolve_batch
 
@@ -32,10 +34,12 @@ class Found:
     Attributes:
         checkpoint: on rank 0, where there is one; None elsewhere.
         state: its state on every rank; None for a new run.
+        run: number of the run in its output folder, on every rank.
     """
 
     checkpoint: Checkpoint | None
     state: dict[str, Any] | None
+    run: int = 0
 
 
 def save(parts: Parts, folder: CheckpointFolder, progress: Progress) -> None:
@@ -85,7 +89,25 @@ def find(recipe: Recipe, folder: CheckpointFolder, world: comm.Group, notice: No
             raise ValueError(f"checkpoint.resume: {error}") from error
 
     checkpoint = together(world, look)
-    return Found(checkpoint, comm.broadcast_object(checkpoint.state if checkpoint else None, world))
+    run = _run_number(folder, checkpoint) if world.rank == 0 else 0
+    return Found(checkpoint, *comm.broadcast_object([checkpoint.state if checkpoint else None, run], world))
+
+
+def _run_number(folder: CheckpointFolder, checkpoint: Checkpoint | None) -> int:
+    """A run goes on under the number in its own folder's checkpoint; a new one counts on from what is there."""
+    assert folder.folder is not None, "only a rank with a disk reads"
+    if checkpoint is not None and checkpoint.path.parent.resolve() == folder.folder.resolve():
+        return _run_of(checkpoint.state)
+    earlier = [_run_of(state) for state in folder.states()]
+    try:
+        earlier.append(json.loads((folder.folder.parent / RESULT_FILE).read_text()).get("run", 0))
+    except (OSError, ValueError, AttributeError):
+        pass  # no result, or a torn one, which `is_written` does not take either
+    return max(earlier, default=0) + 1
+
+
+def _run_of(state: dict[str, Any]) -> int:
+    return state["progress"].get("run", 0)
 
 
 def keep_global_batch(recipe: Recipe, found: Found, dp: int) -> tuple[Recipe, int]:
@@ -130,7 +152,7 @@ def restore(parts: Parts, folder: CheckpointFolder, found: Found, notice: Notice
     """
     world, checkpoint, state = parts.world, found.checkpoint, found.state
     if state is None:
-        return Progress()
+        return Progress(run=found.run)
     together(world, lambda: _check_identity(state["identity"], parts.identity))
     for line in _changes(state["settings"], _settings(parts.recipe)):
         notice(line)
@@ -141,7 +163,7 @@ def restore(parts: Parts, folder: CheckpointFolder, found: Found, notice: Notice
     slots = dict(slice_tensors(_slot_layout(layout, parts.optimizer), moments, own))
     parts.optimizer.load(slots, state["num_updates"])
     mx.eval(parts.optimizer.state)
-    progress = Progress.resumed(state["progress"])
+    progress = replace(Progress.resumed(state["progress"]), run=found.run)
     if parts.recipe.eval.patience and progress.best_step is not None:
         _find_best(parts.world, folder, progress, notice)
     return progress

@@ -23,7 +23,7 @@ from trainer.blas import blas_hint
 from trainer.build import Parts, build
 from trainer.checkpoint import CheckpointFolder
 from trainer.config import Recipe
-from trainer.final import finish, is_written, result_path
+from trainer.final import discard, finish, is_written, result_path
 from trainer.flops import peak_tflops
 from trainer.limits import apply_limits, clear_large_cache
 from trainer.loop import Due, Hooks, Loop
@@ -78,6 +78,7 @@ def train(recipe: Recipe, world: comm.Group, stop: Stop, notices: list[str]) -> 
     rules = StopRules(recipe.eval.patience, recipe.limits.loss_watchdog)
     if progress.step >= parts.total_steps or rules.is_patience_used_up(progress):
         return _already_finished(parts, folder, progress)
+    together(world, lambda: discard(output_dir))
     metrics = together(world, lambda: _open_metrics(parts, output_dir, progress.step))
     introduce(parts, progress, notices, metrics)
     trigger = CheckpointTrigger(output_dir, metrics.message)
