@@ -97,7 +97,7 @@ def mpi_job(job: Job) -> Job:
         options += ["--map-by", ":OVERSUBSCRIBE", "--mca", "mpi_yield_when_idle", "1"]
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         options.append("--allow-run-as-root")
-    variables = [*dict(job.hosts.variables), "COMM_TIMEOUT", "COMM_BACKEND", "PYTHONUNBUFFERED"]
+    variables = [*dict(job.hosts.variables), "COMM_TIMEOUT", "COMM_RESTARTS", "COMM_BACKEND", "PYTHONUNBUFFERED"]
     for name in variables:
         options += ["-x", name]
     hosts = replace(job.hosts, hosts=(Host(LOCAL[0]),))
@@ -107,7 +107,7 @@ def mpi_job(job: Job) -> Job:
 def launch(job: Job) -> int:
     """Runs the job, restarting it as allowed; returns the first failing rank's exit code."""
     for attempt in range(job.max_restarts + 1):
-        run = Run(job, takes_input=attempt == 0)
+        run = Run(job, attempt)
         code = run.finish()
         if code in (0, USER_ERROR) or run.told_to_stop or attempt == job.max_restarts:
             return code
@@ -120,11 +120,12 @@ class Run:
 
     Args:
         job: What to start.
-        takes_input: Rank 0 reads what this process reads.
+        attempt: Restarts before this one. In the first, 0, rank 0 reads what this process reads.
     """
 
-    def __init__(self, job: Job, takes_input: bool):
+    def __init__(self, job: Job, attempt: int):
         self.job = job
+        takes_input = attempt == 0
         self.told_to_stop = False
         self._events: queue.Queue[tuple[str, int, int]] = queue.Queue()
         self._lock = threading.Lock()
@@ -138,7 +139,7 @@ class Run:
             for agent in self._agents:
                 agent.kill()
             self._code, greetings = 1, []
-        orders = make_orders(job, greetings, secrets.token_hex(32)) if greetings else []
+        orders = make_orders(job, greetings, secrets.token_hex(32), attempt) if greetings else []
         for rank, order in enumerate(orders):
             self._tell(rank, order | {"takes_input": takes_input and rank == 0})
         if takes_input and orders:
@@ -255,13 +256,14 @@ class Run:
 
 
 def make_orders(
-    job: Job, greetings: Sequence[dict[str, Any]], secret: str
+    job: Job, greetings: Sequence[dict[str, Any]], secret: str, attempt: int = 0
 ) -> list[dict[str, Any]]:
     """What each agent is to start: the command and the environment that its backend needs."""
     num_ranks = len(greetings)
     shared = {
         **dict(job.hosts.variables),
         "COMM_TIMEOUT": f"{job.timeout_seconds:g}",
+        "COMM_RESTARTS": str(attempt),
         "PYTHONUNBUFFERED": "1",
     }
     files: dict[str, Any] = {}

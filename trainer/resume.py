@@ -5,6 +5,7 @@ method, seed or batch is refused; other changes of the recipe go on with a notic
 """
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,8 +23,10 @@ from trainer.config import Recipe
 from trainer.output import RESULT_FILE
 from trainer.progress import WATCHDOG_ROWS, Progress
 from trainer.rules import resolve_batch
+from trainer.storage import atomic_file, write_json
 
 FREE_SECTIONS = ("optimizer", "schedule", "epochs", "max_steps", "max_grad_norm", "gradient_checkpointing")
+RUN_FILE = ".run"
 Notice = Callable[[str], None]
 
 
@@ -79,8 +82,10 @@ def find(recipe: Recipe, folder: CheckpointFolder, world: comm.Group, notice: No
     """
 
     def look() -> Checkpoint | None:
-        if world.rank != 0 or recipe.checkpoint.resume == "none":
+        if world.rank != 0:
             return None
+        if recipe.checkpoint.resume == "none":
+            return _own(folder, notice) if int(os.environ.get("COMM_RESTARTS", "0")) else None
         if recipe.checkpoint.resume == "auto":
             return folder.newest(notice)
         try:
@@ -89,8 +94,27 @@ def find(recipe: Recipe, folder: CheckpointFolder, world: comm.Group, notice: No
             raise ValueError(f"checkpoint.resume: {error}") from error
 
     checkpoint = together(world, look)
-    run = _run_number(folder, checkpoint) if world.rank == 0 else 0
+    run = together(world, lambda: _number(folder, checkpoint) if world.rank == 0 else 0)
     return Found(checkpoint, *comm.broadcast_object([checkpoint.state if checkpoint else None, run], world))
+
+
+def _own(folder: CheckpointFolder, notice: Notice) -> Checkpoint | None:
+    """What a run that the launcher restarted has saved itself, beside what earlier runs left in the folder."""
+    assert folder.folder is not None, "only a rank with a disk reads"
+    try:
+        number = json.loads((folder.folder.parent / RUN_FILE).read_text())
+    except (OSError, ValueError):
+        return None  # it failed before it knew its number
+    return folder.newest(notice, lambda state: _run_of(state) == number)
+
+
+def _number(folder: CheckpointFolder, checkpoint: Checkpoint | None) -> int:
+    """The run's number, kept in the folder for a restart."""
+    assert folder.folder is not None, "only a rank with a disk writes"
+    number = _run_number(folder, checkpoint)
+    with atomic_file(folder.folder.parent / RUN_FILE) as file:
+        write_json(file, number)
+    return number
 
 
 def _run_number(folder: CheckpointFolder, checkpoint: Checkpoint | None) -> int:

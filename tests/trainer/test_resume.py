@@ -118,9 +118,44 @@ def test_result_of_an_earlier_run_is_not_this_one_s(rows, tmp_path, monkeypatch)
     assert json.loads((folder / "result.json").read_text())["run"] == 2
 
 
+class KilledAfter(Stop):
+    """Dies after a number of steps of this start of the run."""
+
+    def __init__(self, num_steps):
+        super().__init__()
+        self.left = num_steps
+
+    def requested(self):
+        """Asked once after every step."""
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+        return 0
+
+
 def kill(*arguments):
     """Stands for a run that dies before its result."""
     raise KeyboardInterrupt
+
+
+def test_restarted_run_goes_on_from_its_own_checkpoints(rows, tmp_path, monkeypatch):
+    """Catches resume: none that begins anew at every restart, or takes an earlier run's checkpoint for its own."""
+    anew = {"checkpoint": {"every": SAVED_EVERY, "resume": "none"}, "seed": 1}
+    assert run_here(recipe(rows, tmp_path / "whole", "lora", seed=1)) == 0
+    folder = tmp_path / "run"
+    assert run_here(recipe(rows, folder, "lora")) == 0
+    settings = recipe(rows, folder, "lora", **anew)
+    for restarts, num_steps in enumerate((2, KILLED_AT, 1)):  # before its first checkpoint, after it, and just after that
+        monkeypatch.setenv("COMM_RESTARTS", str(restarts))
+        with pytest.raises(KeyboardInterrupt):
+            train(settings, comm.solo(), KilledAfter(num_steps), [])
+    kept = folder / "checkpoints" / "step-0000003" / "manifest.json"
+    saved = kept.stat().st_mtime_ns
+    monkeypatch.setenv("COMM_RESTARTS", "3")
+    assert run_here(settings) == 0
+    assert kept.stat().st_mtime_ns == saved, "the run began anew"
+    assert result(folder) == result(tmp_path / "whole")
+    assert json.loads((folder / "result.json").read_text())["run"] == 2
 
 
 def test_checkpoints_without_a_run_number_go_on(rows, tmp_path):
