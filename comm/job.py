@@ -80,7 +80,7 @@ def mpi_job(job: Job) -> Job:
         options += ["--map-by", ":OVERSUBSCRIBE", "--mca", "mpi_yield_when_idle", "1"]
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         options.append("--allow-run-as-root")
-    variables = [*dict(job.hosts.variables), "COMM_TIMEOUT", "COMM_BACKEND", "PYTHONUNBUFFERED"]
+    variables = [*dict(job.hosts.variables), "COMM_TIMEOUT", "COMM_RESTARTS", "COMM_BACKEND", "PYTHONUNBUFFERED"]
     for name in variables:
         options += ["-x", name]
     hosts = replace(job.hosts, hosts=(Host(LOCAL[0]),))
@@ -88,15 +88,18 @@ def mpi_job(job: Job) -> Job:
 
 
 def make_orders(
-    job: Job, greetings: Sequence[dict[str, Any]], secret: str
+    job: Job, greetings: Sequence[dict[str, Any]], secret: str, attempt: int = 0
 ) -> list[dict[str, Any]]:
     """What each agent is to start: the command and the environment that its backend needs."""
     num_ranks = len(greetings)
     shared = {
         **dict(job.hosts.variables),
         "COMM_TIMEOUT": f"{job.timeout_seconds:g}",
+        "COMM_RESTARTS": str(attempt),
         "PYTHONUNBUFFERED": "1",
     }
+    if "COMM_PHASE_TIMEOUT" in os.environ:
+        shared["COMM_PHASE_TIMEOUT"] = os.environ["COMM_PHASE_TIMEOUT"]
     files: dict[str, Any] = {}
     extra = [greeting["extra"][0] for greeting in greetings]
     if num_ranks > 1 or job.backend == "mpi":

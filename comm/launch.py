@@ -36,7 +36,7 @@ USER_ERROR = 2  # what the user wrote is wrong: starting again would not help
 def launch(job: Job) -> int:
     """Runs the job, restarting it as allowed; returns the first failing rank's exit code."""
     for attempt in range(job.max_restarts + 1):
-        run = Run(job, takes_input=attempt == 0)
+        run = Run(job, attempt)
         code = run.finish()
         if code in (0, USER_ERROR) or run.told_to_stop or attempt == job.max_restarts:
             return code
@@ -57,11 +57,12 @@ class Run:
 
     Args:
         job: What to start.
-        takes_input: Rank 0 reads what this process reads.
+        attempt: Restarts before this one. In the first, 0, rank 0 reads what this process reads.
     """
 
-    def __init__(self, job: Job, takes_input: bool):
+    def __init__(self, job: Job, attempt: int):
         self.job = job
+        takes_input = attempt == 0
         self.told_to_stop = False
         self._events: queue.Queue[tuple[str, int, int]] = queue.Queue()
         self._lock = threading.Lock()
@@ -77,7 +78,7 @@ class Run:
             for agent in self._agents:
                 agent.kill()
             self._code, greetings = 1, []
-        orders = make_orders(job, greetings, secrets.token_hex(32)) if greetings else []
+        orders = make_orders(job, greetings, secrets.token_hex(32), attempt) if greetings else []
         for rank, order in enumerate(orders):
             self._tell(rank, order | {"takes_input": takes_input and rank == 0})
         if takes_input and orders:

@@ -5,6 +5,7 @@ PEFT stores `lora_A` as (rank, inputs) and `lora_B` as (outputs, rank); here `lo
 and mlx-lm share. Formats: mlx_lm/tuner/utils.py (mlx-lm 0.32), peft/tuners/lora/config.py (PEFT 0.19).
 """
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,15 +88,35 @@ def load_into(model: nn.Module, adapter: Adapter) -> None:
     """Overwrite the adapters of `model` (attached with `adapter.spec`) by the stored values.
 
     Raises:
-        ValueError: a tensor's name or shape does not fit.
+        ValueError: tensors are missing, unexpected or of another shape; names all.
     """
     own = {n: p for n, p in tree_flatten(model.parameters()) if is_adapter(n)}
-    for name, value in adapter.tensors.items():
-        if name not in own:
-            raise ValueError(f"lora.init_from: {name} is no adapter parameter of this model.")
-        if own[name].shape != value.shape:
-            raise ValueError(f"lora.init_from: {name} has shape {value.shape}, the model needs {own[name].shape}.")
+    shapes = {name: list(value.shape) for name, value in adapter.tensors.items()}
+    if wrong := misfits(shapes, {name: list(value.shape) for name, value in own.items()}, own):
+        raise ValueError(f"lora.init_from does not fit this model: {wrong}.")
     model.update(tree_unflatten([(n, v.astype(own[n].dtype)) for n, v in adapter.tensors.items()]))
+
+
+def misfits(
+    shapes: Mapping[str, list[int]], expected: Mapping[str, list[int]], required: Iterable[str]
+) -> str:
+    """What keeps stored tensors from being a model's, in words; empty where all fit.
+
+    Args:
+        shapes: name to shape of what is stored.
+        expected: name to shape of what the model can take.
+        required: names without which the model would keep values that nobody trained.
+    """
+    lists = {
+        "missing": sorted(set(required) - shapes.keys()),
+        "unexpected": sorted(shapes.keys() - expected.keys()),
+        "of another shape": [
+            f"{name} {tuple(shapes[name])} (the model needs {tuple(expected[name])})"
+            for name in sorted(shapes.keys() & expected.keys())
+            if list(shapes[name]) != list(expected[name])
+        ],
+    }
+    return "; ".join(f"{what}: {', '.join(names)}" for what, names in lists.items() if names)
 
 
 def _from_mlx_lm(config: dict[str, Any], tensors: dict[str, mx.array], dropout: float) -> Adapter:

@@ -149,15 +149,29 @@ class CheckpointFolder:
         assert self.folder is not None, "only a rank with a disk reads"
         return open_checkpoint(self.folder / _name(step))
 
-    def newest(self, notice: Callable[[str], None]) -> Checkpoint | None:
-        """The newest checkpoint that is whole, or None.
+    def states(self) -> list[dict]:
+        """The states of all checkpoints whose state can be read, the oldest first."""
+        found = []
+        for path in self._folders():
+            try:
+                found.append(json.loads((path / STATE_FILE).read_text())["state"])
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+        return found
+
+    def newest(
+        self, notice: Callable[[str], None], wanted: Callable[[dict], bool] = lambda state: True
+    ) -> Checkpoint | None:
+        """The newest checkpoint that is whole and whose state is wanted, or None.
 
         Every file is read and compared with its recorded SHA-256. A checkpoint that is torn or was changed is named
         through ``notice`` and passed over.
         """
         for path in reversed(self._folders()):
             try:
-                return open_checkpoint(path)
+                checkpoint = open_checkpoint(path)
+                if wanted(checkpoint.state):
+                    return checkpoint
             except CheckpointError as error:
                 notice(f"{error} Trying the one before it.")
         return None

@@ -97,15 +97,24 @@ def open_run(target: str, recipe: Recipe) -> OpenedRun:
         recipe: from `recipe_of(target)`.
 
     Raises:
-        ValueError: there is nothing to open.
+        ValueError: there is nothing to open, or what was trained is not whole or not finite.
     """
     tokenizer = open_tokenizer(recipe.model, partial(corpus, recipe.data, recipe.seed))
     base = open_model(recipe.model, len(tokenizer), recipe.seed)
     adapter = prepare_method(recipe, base, DropoutKeys())
     run = OpenedRun(recipe, comm.solo(), tokenizer, base, adapter)
     load_result(run, target, lambda line: print(line, file=sys.stderr))
+    _require_finite(base.model, target)
     base.model.eval()
     return run
+
+
+def _require_finite(model: nn.Module, target: str) -> None:
+    """Refuse to hand on weights that hold a NaN or an infinity."""
+    trained = tree_flatten(model.trainable_parameters())
+    broken = [name for name, value in trained if not mx.isfinite(value).all().item()]
+    if broken:
+        raise ValueError(f"{target!r} has weights that are not finite, which are not exported: {', '.join(broken)}.")
 
 
 def export_peft(run: OpenedRun, folder: Path, *, base_model: str | None, multimodal: bool) -> list[str]:

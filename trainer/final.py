@@ -1,8 +1,10 @@
 """The end of a run: its final result, from the best weights where there is a patience, else from the last.
 
-    result.json      {"step": steps done, "weights_step": step of the result's weights, "eval_loss": the best one}
+    result.json      {"run": number of the run, "step": steps done, "weights_step": step of the result's weights,
+                      "eval_loss": the best one}
 
-`result.json` is written last, so a result that it names is whole and belongs to that step.
+`result.json` is written last, so a result that it names is whole and belongs to that run and step; it goes
+away when a run trains on.
 """
 
 import json
@@ -18,11 +20,10 @@ from trainer.agreement import together
 from trainer.build import Parts
 from trainer.checkpoint import Checkpoint, CheckpointError, CheckpointFolder
 from trainer.loading import source_folder
-from trainer.output import ADAPTERS_FILE, adapter_config, write_adapters, write_model
+from trainer.output import ADAPTERS_FILE, RESULT_FILE, adapter_config, write_adapters, write_model
 from trainer.progress import Progress
 from trainer.storage import atomic_file, explain, write_json
 
-RESULT_FILE = "result.json"
 Notice = Callable[[str], None]
 
 
@@ -37,10 +38,17 @@ def is_written(parts: Parts, progress: Progress) -> bool:
     written = None
     if parts.world.rank == 0 and result_path(parts).exists():
         try:
-            written = json.loads((Path(parts.recipe.output_dir) / RESULT_FILE).read_text())["step"]
-        except (FileNotFoundError, ValueError):
+            facts = json.loads((Path(parts.recipe.output_dir) / RESULT_FILE).read_text())
+            written = [facts.get("run", 0), facts["step"]]
+        except (FileNotFoundError, ValueError, KeyError, AttributeError):
             written = None
-    return comm.broadcast_object(written, parts.world) == progress.step
+    return comm.broadcast_object(written, parts.world) == [progress.run, progress.step]
+
+
+def discard(output_dir: Path | None) -> None:
+    """Take back `result.json`, as the run trains on; None on ranks without a disk."""
+    if output_dir is not None:
+        (output_dir / RESULT_FILE).unlink(missing_ok=True)
 
 
 def finish(parts: Parts, folder: CheckpointFolder, progress: Progress, notice: Notice) -> int:
@@ -56,7 +64,7 @@ def finish(parts: Parts, folder: CheckpointFolder, progress: Progress, notice: N
         if comm.broadcast_object(best is not None, world):
             resume.load_weights(parts, best)
             step = progress.best_step
-    facts = {"step": progress.step, "weights_step": step, "eval_loss": progress.best_loss}
+    facts = {"run": progress.run, "step": progress.step, "weights_step": step, "eval_loss": progress.best_loss}
     # An error on rank 0 leaves out no gather, so that the ranks can agree about it afterwards.
     together(world, lambda: _write(parts, Path(parts.recipe.output_dir) if world.rank == 0 else None, facts))
     return step

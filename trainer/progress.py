@@ -16,6 +16,7 @@ class Progress:
 
     Attributes:
         step: optimizer updates done, skipped ones included.
+        run: which of the runs in the output folder this is, counted from 1; 0 = written before runs were counted.
         num_tokens: real tokens seen.
         skipped_steps: updates left out because loss or gradient norm was not finite.
         window_loss, window_tokens: loss sum and target tokens since the last row of metrics.
@@ -25,6 +26,7 @@ class Progress:
     """
 
     step: int = 0
+    run: int = 0
     num_tokens: int = 0
     skipped_steps: int = 0
     window_loss: float = 0.0

@@ -11,6 +11,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 import comm
 from parallel.layout import model_layout, slice_tensors
+from trainer.adapters import misfits
 from trainer.agreement import broadcast_tensors, together
 from trainer.build import Notice
 from trainer.checkpoint import CheckpointError, CheckpointFolder, follow_best, open_checkpoint
@@ -77,18 +78,29 @@ def load_result(parts: HasModel, target: str, notice: Notice) -> None:
         notice: gets one line for each checkpoint that is passed over.
 
     Raises:
-        ValueError: there is nothing to load.
+        ValueError: there is nothing to load, or tensors are missing, unexpected or of another shape.
     """
     world = parts.world
     tensors = together(world, lambda: _read(_path(target), notice) if world.rank == 0 else None)
     known = dict(tree_flatten(parts.model.parameters()))
-    names = comm.broadcast_object(sorted(tensors or ()), world)
-    foreign = comm.all_gather_object([name for name in names if name not in known], world)
-    # A pipeline's stage has only its own layers' tensors, so a name is wrong when no rank has it.
-    if nowhere := set.intersection(*map(set, foreign)):
-        raise ValueError(f"{target!r} holds {min(nowhere)!r}, which the recipe's model does not have.")
+    _require_fit(parts, target, {name: list(value.shape) for name, value in (tensors or {}).items()})
     loaded = slice_tensors(model_layout(parts.model), broadcast_tensors(world, tensors), known)
     parts.model.update(tree_unflatten([(name, value.astype(known[name].dtype)) for name, value in loaded]))
+
+
+def _require_fit(parts: HasModel, target: str, shapes: dict[str, list[int]]) -> None:
+    """Refuse tensors, by rank 0's names and shapes, that are not all of what was trained."""
+    layout, trained = model_layout(parts.model), dict(tree_flatten(parts.model.trainable_parameters()))
+    own = {
+        name: (list(layout[name].full_shape(value.shape) if name in layout else value.shape), name in trained)
+        for name, value in tree_flatten(parts.model.parameters())
+    }
+    # A pipeline's stage has only its own layers' tensors, so a name is known where any rank has it.
+    everyone = {n: s for ranks in comm.all_gather_object(own, parts.world) for n, s in ranks.items()}
+    expected = {name: shape for name, (shape, _) in everyone.items()}
+    required = [name for name, (_, is_trained) in everyone.items() if is_trained]
+    if wrong := misfits(comm.broadcast_object(shapes, parts.world), expected, required):
+        raise ValueError(f"{target!r} does not hold the weights that its recipe trains: {wrong}.")
 
 
 def _path(target: str) -> Path:

@@ -4,6 +4,8 @@ Rank 0 holds the files: it chooses the checkpoint and sends the state. A checkpo
 method, seed or batch is refused; other changes of the recipe go on with a notice.
 """
 
+import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,10 +20,13 @@ from trainer.agreement import broadcast_tensors, together
 from trainer.build import Parts
 from trainer.checkpoint import Checkpoint, CheckpointError, CheckpointFolder
 from trainer.config import Recipe
+from trainer.output import RESULT_FILE
 from trainer.progress import WATCHDOG_ROWS, Progress
 from trainer.rules import resolve_batch
+from trainer.storage import atomic_file, write_json
 
 FREE_SECTIONS = ("optimizer", "schedule", "epochs", "max_steps", "max_grad_norm", "gradient_checkpointing")
+RUN_FILE = ".run"
 Notice = Callable[[str], None]
 
 
@@ -32,10 +37,12 @@ class Found:
     Attributes:
         checkpoint: on rank 0, where there is one; None elsewhere.
         state: its state on every rank; None for a new run.
+        run: number of the run in its output folder, on every rank.
     """
 
     checkpoint: Checkpoint | None
     state: dict[str, Any] | None
+    run: int = 0
 
 
 def save(parts: Parts, folder: CheckpointFolder, progress: Progress) -> None:
@@ -75,8 +82,10 @@ def find(recipe: Recipe, folder: CheckpointFolder, world: comm.Group, notice: No
     """
 
     def look() -> Checkpoint | None:
-        if world.rank != 0 or recipe.checkpoint.resume == "none":
+        if world.rank != 0:
             return None
+        if recipe.checkpoint.resume == "none":
+            return _own(folder, notice) if int(os.environ.get("COMM_RESTARTS", "0")) else None
         if recipe.checkpoint.resume == "auto":
             return folder.newest(notice)
         try:
@@ -85,7 +94,44 @@ def find(recipe: Recipe, folder: CheckpointFolder, world: comm.Group, notice: No
             raise ValueError(f"checkpoint.resume: {error}") from error
 
     checkpoint = together(world, look)
-    return Found(checkpoint, comm.broadcast_object(checkpoint.state if checkpoint else None, world))
+    run = together(world, lambda: _number(folder, checkpoint) if world.rank == 0 else 0)
+    return Found(checkpoint, *comm.broadcast_object([checkpoint.state if checkpoint else None, run], world))
+
+
+def _own(folder: CheckpointFolder, notice: Notice) -> Checkpoint | None:
+    """What a run that the launcher restarted has saved itself, beside what earlier runs left in the folder."""
+    assert folder.folder is not None, "only a rank with a disk reads"
+    try:
+        number = json.loads((folder.folder.parent / RUN_FILE).read_text())
+    except (OSError, ValueError):
+        return None  # it failed before it knew its number
+    return folder.newest(notice, lambda state: _run_of(state) == number)
+
+
+def _number(folder: CheckpointFolder, checkpoint: Checkpoint | None) -> int:
+    """The run's number, kept in the folder for a restart."""
+    assert folder.folder is not None, "only a rank with a disk writes"
+    number = _run_number(folder, checkpoint)
+    with atomic_file(folder.folder.parent / RUN_FILE) as file:
+        write_json(file, number)
+    return number
+
+
+def _run_number(folder: CheckpointFolder, checkpoint: Checkpoint | None) -> int:
+    """A run goes on under the number in its own folder's checkpoint; a new one counts on from what is there."""
+    assert folder.folder is not None, "only a rank with a disk reads"
+    if checkpoint is not None and checkpoint.path.parent.resolve() == folder.folder.resolve():
+        return _run_of(checkpoint.state)
+    earlier = [_run_of(state) for state in folder.states()]
+    try:
+        earlier.append(json.loads((folder.folder.parent / RESULT_FILE).read_text()).get("run", 0))
+    except (OSError, ValueError, AttributeError):
+        pass  # no result, or a torn one, which `is_written` does not take either
+    return max(earlier, default=0) + 1
+
+
+def _run_of(state: dict[str, Any]) -> int:
+    return state["progress"].get("run", 0)
 
 
 def keep_global_batch(recipe: Recipe, found: Found, dp: int) -> tuple[Recipe, int]:
@@ -130,7 +176,7 @@ def restore(parts: Parts, folder: CheckpointFolder, found: Found, notice: Notice
     """
     world, checkpoint, state = parts.world, found.checkpoint, found.state
     if state is None:
-        return Progress()
+        return Progress(run=found.run)
     together(world, lambda: _check_identity(state["identity"], parts.identity))
     for line in _changes(state["settings"], _settings(parts.recipe)):
         notice(line)
@@ -141,7 +187,7 @@ def restore(parts: Parts, folder: CheckpointFolder, found: Found, notice: Notice
     slots = dict(slice_tensors(_slot_layout(layout, parts.optimizer), moments, own))
     parts.optimizer.load(slots, state["num_updates"])
     mx.eval(parts.optimizer.state)
-    progress = Progress.resumed(state["progress"])
+    progress = replace(Progress.resumed(state["progress"]), run=found.run)
     if parts.recipe.eval.patience and progress.best_step is not None:
         _find_best(parts.world, folder, progress, notice)
     return progress

@@ -23,9 +23,10 @@ from trainer.blas import blas_hint
 from trainer.build import Parts, build
 from trainer.checkpoint import CheckpointFolder
 from trainer.config import Recipe
-from trainer.final import finish, is_written, result_path
+from trainer.final import discard, finish, is_written, result_path
 from trainer.flops import peak_tflops
 from trainer.limits import apply_limits, clear_large_cache
+from trainer.lock import sole_run
 from trainer.loop import Due, Hooks, Loop
 from trainer.machine import MACHINE_FILE, machine_facts
 from trainer.metrics import JsonlSink, Metrics
@@ -67,6 +68,11 @@ def train(recipe: Recipe, world: comm.Group, stop: Stop, notices: list[str]) -> 
     """
     output_dir = Path(recipe.output_dir) if world.rank == 0 else None
     together(world, lambda: output_dir and require_writable(recipe.output_dir))
+    with sole_run(world, output_dir):
+        return _train(recipe, world, output_dir, stop, notices)
+
+
+def _train(recipe: Recipe, world: comm.Group, output_dir: Path | None, stop: Stop, notices: list[str]) -> int:
     folder = CheckpointFolder(output_dir and output_dir / "checkpoints", recipe.checkpoint.keep_last)
     found = resume.find(recipe, folder, world, notices.append)
     recipe, batch_dp = resume.keep_global_batch(recipe, found, resolve_mesh(recipe.parallel, world.size).dp)
@@ -78,6 +84,7 @@ def train(recipe: Recipe, world: comm.Group, stop: Stop, notices: list[str]) -> 
     rules = StopRules(recipe.eval.patience, recipe.limits.loss_watchdog)
     if progress.step >= parts.total_steps or rules.is_patience_used_up(progress):
         return _already_finished(parts, folder, progress)
+    together(world, lambda: discard(output_dir))
     metrics = together(world, lambda: _open_metrics(parts, output_dir, progress.step))
     introduce(parts, progress, notices, metrics)
     trigger = CheckpointTrigger(output_dir, metrics.message)

@@ -70,7 +70,8 @@ def test_hostfiles_that_come_along(name: str, backend: str, count: int) -> None:
     assert [host.ssh_hostname for host in theirs.hosts] == [host.ssh for host in hosts.hosts]
     assert all(host.ips and ipaddress.ip_address(host.ips[0]).is_private for host in hosts.hosts)
     greetings = [{"ring": [f"{host.ips[0]}:1"], "control": "127.0.0.1:1", "extra": ["127.0.0.1:2"]} for host in hosts.hosts]
-    orders = make_orders(Job(("true",), hosts, hosts.backend), greetings, "secret")
+    orders = make_orders(Job(("true",), hosts, hosts.backend), greetings, "secret", attempt=2)
+    assert all(order["variables"]["COMM_RESTARTS"] == "2" for order in orders)
     assert ("MLX_IBV_DEVICES" in orders[0]["files"]) == (backend == "jaccl")
     assert [order["delay_seconds"] > 0 for order in orders] == [False] * (count - 1) + [True]
 

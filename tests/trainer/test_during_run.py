@@ -90,7 +90,7 @@ def test_patience_ends_the_run_with_the_best_weights(rows, tmp_path, scripted, c
     assert best.step == 3
     assert equal(mx.load(str(tmp_path / "adapters.safetensors")), best.tensors("weights"))
     facts = json.loads((tmp_path / "result.json").read_text())
-    assert facts == {"step": 6, "weights_step": 3, "eval_loss": 2.0}
+    assert facts == {"run": 1, "step": 6, "weights_step": 3, "eval_loss": 2.0}
     shown = " ".join(capsys.readouterr().out.split())
     assert "Stopped early after step 6" in shown and "the weights of step 3 (best validation loss, 2.0000)" in shown
     before = (tmp_path / "adapters.safetensors").read_bytes()
@@ -127,7 +127,7 @@ def test_best_that_is_gone_is_chosen_anew(rows, tmp_path, scripted):
         train(patient(rows, tmp_path), comm.solo(), StopAfter(5), [])
     shutil.rmtree(tmp_path / "checkpoints" / "step-0000003")
     assert train(patient(rows, tmp_path), comm.solo(), Stop(), []) == 0
-    assert json.loads((tmp_path / "result.json").read_text()) == {"step": 8, "weights_step": 8, "eval_loss": 0.5}
+    assert json.loads((tmp_path / "result.json").read_text()) == {"run": 1, "step": 8, "weights_step": 8, "eval_loss": 0.5}
 
 
 def test_loss_that_stays_high_ends_the_run(rows, tmp_path, capsys):

@@ -11,6 +11,7 @@ from mlx_lm.utils import load_adapters, load_model
 from tiny_recipes import MODELS, model_section, tiny_recipe, write_rows
 
 import comm
+from trainer.__main__ import main
 from trainer.build import build
 from trainer.metrics import read_rows
 from trainer.result import load_result
@@ -112,3 +113,43 @@ def test_bfloat16_keeps_master_weights(rows, tmp_path):
     name = next(n for n in before if before[n].ndim == 2)
     assert saved[f"{name}.master"].dtype == mx.float32 and saved[f"{name}.m"].dtype == mx.float32
     assert mx.abs(saved[f"{name}.master"] - before[name]).max().item() > 0
+
+
+@pytest.mark.parametrize(
+    ("method", "damage", "said"),
+    [
+        ("lora", lambda tensors: {}, "missing: model.layers"),
+        ("lora", lambda tensors: dict(list(tensors.items())[1:]), "missing: model.layers"),
+        ("lora", lambda tensors: tensors | {"foreign": mx.zeros(2)}, "unexpected: foreign"),
+        ("lora", lambda tensors: {n: v[:1] for n, v in tensors.items()}, "of another shape: model.layers"),
+        ("full", lambda tensors: dict(list(tensors.items())[1:]), "missing: "),
+    ],
+)
+def test_result_that_is_not_whole_is_refused(rows, tmp_path, method, damage, said):
+    """Catches a damaged result that is taken for the base model."""
+    recipe = tiny_recipe(rows, tmp_path, method=method, max_steps=1)
+    run(recipe)
+    path = tmp_path / ("adapters.safetensors" if method == "lora" else "model/model.safetensors")
+    tensors = damage(mx.load(str(path)))
+    mx.eval(tensors)
+    mx.save_safetensors(str(path), tensors, {"format": "mlx"})
+    with pytest.raises(ValueError, match=said):
+        trained_logits(recipe)
+    if method == "lora" and tensors:
+        again = tiny_recipe(rows, tmp_path / "again", lora={"init_from": str(tmp_path)}, max_steps=1)
+        with pytest.raises(ValueError, match="lora.init_from"):
+            run(again)
+
+
+def test_weights_that_are_not_finite_are_not_exported(rows, tmp_path, capsys):
+    """Catches an export of NaN that succeeds."""
+    recipe = tiny_recipe(rows, tmp_path, max_steps=1)
+    run(recipe)
+    path = str(tmp_path / "adapters.safetensors")
+    tensors = {name: value * float("nan") for name, value in mx.load(path).items()}
+    mx.eval(tensors)
+    mx.save_safetensors(path, tensors, {"format": "mlx"})
+    for kind in ("peft", "fused"):
+        assert main(["export", str(tmp_path), "--to", kind]) == 2
+        assert "not finite" in capsys.readouterr().err
+        assert not (tmp_path / kind).exists()

@@ -1,6 +1,8 @@
 """A run that was killed and started again is, bit for bit, the run that was never killed."""
 
+import json
 import shutil
+from dataclasses import asdict
 
 import pytest
 from tiny_recipes import run_apart, tiny_recipe, write_rows
@@ -8,6 +10,7 @@ from tiny_recipes import run_apart, tiny_recipe, write_rows
 import comm
 from trainer.metrics import read_rows
 from trainer.run import Stop, train
+from trainer.storage import file_record
 
 STEPS, SAVED_EVERY, KILLED_AT = 8, 3, 5
 CASES = {
@@ -96,6 +99,82 @@ def test_finished_run_says_so(rows, tmp_path, capsys):
     (tmp_path / "adapters.safetensors").unlink()
     assert run_here(settings) == 0
     assert result(tmp_path) == before
+
+
+def test_result_of_an_earlier_run_is_not_this_one_s(rows, tmp_path, monkeypatch):
+    """Catches a run killed before its result that is called finished, with the weights of the run before it."""
+    assert run_here(recipe(rows, tmp_path / "whole", "lora", seed=1)) == 0
+    folder = tmp_path / "run"
+    assert run_here(recipe(rows, folder, "lora")) == 0
+    old = (folder / "result.json").read_bytes()
+    anew = recipe(rows, folder, "lora", seed=1, checkpoint={"every": SAVED_EVERY, "resume": "none"})
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr("trainer.run.finish", kill)
+        run_here(anew)
+    assert not (folder / "result.json").exists()
+    (folder / "result.json").write_bytes(old)  # as of a run that could not take it back
+    assert run_here(recipe(rows, folder, "lora", seed=1)) == 0
+    assert result(folder) == result(tmp_path / "whole")
+    assert json.loads((folder / "result.json").read_text())["run"] == 2
+
+
+class KilledAfter(Stop):
+    """Dies after a number of steps of this start of the run."""
+
+    def __init__(self, num_steps):
+        super().__init__()
+        self.left = num_steps
+
+    def requested(self):
+        """Asked once after every step."""
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+        return 0
+
+
+def kill(*arguments):
+    """Stands for a run that dies before its result."""
+    raise KeyboardInterrupt
+
+
+def test_restarted_run_goes_on_from_its_own_checkpoints(rows, tmp_path, monkeypatch):
+    """Catches resume: none that begins anew at every restart, or takes an earlier run's checkpoint for its own."""
+    anew = {"checkpoint": {"every": SAVED_EVERY, "resume": "none"}, "seed": 1}
+    assert run_here(recipe(rows, tmp_path / "whole", "lora", seed=1)) == 0
+    folder = tmp_path / "run"
+    assert run_here(recipe(rows, folder, "lora")) == 0
+    settings = recipe(rows, folder, "lora", **anew)
+    for restarts, num_steps in enumerate((2, KILLED_AT, 1)):  # before its first checkpoint, after it, and just after that
+        monkeypatch.setenv("COMM_RESTARTS", str(restarts))
+        with pytest.raises(KeyboardInterrupt):
+            train(settings, comm.solo(), KilledAfter(num_steps), [])
+    kept = folder / "checkpoints" / "step-0000003" / "manifest.json"
+    saved = kept.stat().st_mtime_ns
+    monkeypatch.setenv("COMM_RESTARTS", "3")
+    assert run_here(settings) == 0
+    assert kept.stat().st_mtime_ns == saved, "the run began anew"
+    assert result(folder) == result(tmp_path / "whole")
+    assert json.loads((folder / "result.json").read_text())["run"] == 2
+
+
+def test_checkpoints_without_a_run_number_go_on(rows, tmp_path):
+    """Catches results and checkpoints of before runs were counted that are refused or written anew."""
+    assert run_here(recipe(rows, tmp_path, "lora", max_steps=2)) == 0
+    step = tmp_path / "checkpoints" / "step-0000002"
+    for path, keys in ((step / "state.json", ("state", "progress")), (tmp_path / "result.json", ())):
+        facts = held = json.loads(path.read_text())
+        for key in keys:
+            held = held[key]
+        assert held.pop("run") == 1
+        path.write_text(json.dumps(facts))
+    manifest = json.loads((step / "manifest.json").read_text())
+    manifest["files"]["state.json"] = asdict(file_record(step / "state.json"))
+    (step / "manifest.json").write_text(json.dumps(manifest))
+    before = (tmp_path / "result.json").read_bytes()
+    assert run_here(recipe(rows, tmp_path, "lora", max_steps=2)) == 0
+    assert (tmp_path / "result.json").read_bytes() == before
+    assert run_here(recipe(rows, tmp_path, "lora", max_steps=3)) == 0
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -144,3 +145,27 @@ def test_what_does_not_reach_experts_is_said(rows, tmp_path, changes, said):
     notices = []
     assert train(tiny_recipe(rows, tmp_path, "qwen3_moe", max_steps=1, **changes), comm.solo(), Stop(), notices) == 0
     assert [line for line in notices if "expert" in line] == ([said] if said else [])
+
+
+def test_folder_of_a_living_run_is_refused(rows, tmp_path):
+    """Catches two runs that write one folder, a lock that outlives a killed run, and a rank that is not told."""
+    recipe = tiny_recipe(rows, tmp_path / "run", max_steps=2)
+    ready = "import comm, pathlib, sys, time; from trainer.lock import sole_run\n"
+    hold = ready + "with sole_run(comm.solo(), pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", hold, recipe.output_dir], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        said = f"in use by process {holder.pid} on {socket.gethostname()}"
+        with pytest.raises(ValueError, match=said):
+            train(recipe, comm.solo(), Stop(), [])
+        path = tmp_path / "recipe.yaml"
+        path.write_text(to_yaml(recipe))
+        command = [sys.executable, "-m", "comm", "launch", "-n", "2", "--", sys.executable, "-m", "trainer", str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2 and said in done.stderr
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert (tmp_path / "run" / ".lock").exists()
+    assert train(recipe, comm.solo(), Stop(), []) == 0
+    assert not (tmp_path / "run" / ".lock").exists()
