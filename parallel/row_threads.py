@@ -6,10 +6,13 @@ are small enough to stay in caches, and only one slice per thread holds activati
 number of threads fixes: equal calls give equal bits. GPUs gain nothing from it.
 """
 
+import atexit
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -22,6 +25,7 @@ from parallel.sums import add_sums
 SLICE_TOKENS = 512
 # Each thread sums gradients in a float32 tree of its own; those beyond the first take at most this much.
 EXTRA_GRADIENT_BYTES = 4 << 30
+TEARDOWN_SECONDS = 0.1  # for threads to be gone, where the system does not say that they are
 
 Batch = dict[str, Any]
 
@@ -48,6 +52,8 @@ class RowThreads:
         self._around = around
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="rows")
         self._tracing = threading.Lock()
+        # At exit Python has joined the threads already.
+        atexit.register(_await_teardown, self._pool._threads)
 
     def sums(self, model: nn.Module, loss_and_grad: Callable, batch: Batch) -> list[Any] | None:
         """[loss_sum, num_tokens, grads] of a micro-batch, evaluated, or None where one thread would do all.
@@ -123,6 +129,16 @@ class RowThreads:
                 # What a trace puts in their place belongs to this thread; after an error also that of frozen ones.
                 model.update(own)
             return add_sums(total, [loss, num_tokens, grads]), outputs
+
+
+def _await_teardown(threads: set[threading.Thread]) -> None:
+    """Waits until ended threads have left the system too: MLX ends their streams then, and aborts where the process
+    ends meanwhile."""
+    tasks = Path("/proc/self/task")
+    if threads and not tasks.exists():
+        time.sleep(TEARDOWN_SECONDS)
+    while any((tasks / str(thread.native_id)).exists() for thread in threads):
+        time.sleep(0.001)
 
 
 def _affordable(model: nn.Module) -> int:

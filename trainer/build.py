@@ -27,7 +27,7 @@ from trainer.config import ModelConfig, ParallelConfig, Recipe
 from trainer.data import PlannedBatch, Splits, TokenizedRows, bucket_lengths, corpus, load_splits, plan_epoch, plan_packed
 from trainer.evaluation import Evaluator
 from trainer.flops import token_flops
-from trainer.loading import BaseModel, materialize, open_model, open_tokenizer
+from trainer.loading import BaseModel, materialize, num_embeddings, open_model, open_tokenizer
 from trainer.lora import DropoutKeys, LoRASpec, attach, find_targets, limits_on_experts
 from trainer.loss import TokenLoss
 from trainer.machine import row_threads
@@ -246,6 +246,8 @@ def open_parts(
     tokenizer = open_tokenizer(recipe.model, partial(corpus, recipe.data, recipe.seed))
     splits = load_splits(recipe.data, tokenizer, recipe.seed, notice=notice)
     base = open_base(recipe.model, len(tokenizer), recipe.seed)
+    for rows in filter(None, (splits.train, splits.valid)):
+        rows.require_ids_below(num_embeddings(base.model))
     packed = decide_packing(recipe, base.model, splits.train, batch.global_size, notice)
     return Parts(recipe, world, sizes, batch, tokenizer, splits, base, TokenLoss(DropoutKeys(), packed))
 

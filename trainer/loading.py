@@ -157,6 +157,13 @@ def _check_vocabulary(base: BaseModel, vocab_size: int) -> None:
         raise ValueError(f"The tokenizer has {vocab_size} tokens, but the model's vocabulary only {described}.")
 
 
+def num_embeddings(model: nn.Module) -> int:
+    """Rows of the model's largest embedding, beyond which no token id may lie; the largest int64 where it has none."""
+    kinds = (nn.Embedding, nn.QuantizedEmbedding)
+    sizes = [module.weight.shape[0] for module in model.modules() if isinstance(module, kinds)]
+    return max(sizes, default=2**63 - 1)
+
+
 def _dtype(name: str) -> mx.Dtype:
     if name == "auto":
         return mx.bfloat16 if mx.default_device() == mx.gpu else mx.float32

@@ -7,20 +7,21 @@ from typing import Any
 
 import comm
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 TRIGGER_FILE = "checkpoint.now"
 
 
 class Stop:
-    """Remembers the signal that asked this process to stop; a second one ends it at once."""
+    """Remembers the signal that asked this process to stop; a second one ends it at once, but for SIGHUP."""
 
     def __init__(self):
         self.number = 0
 
     def install(self) -> "Stop":
-        """Take over Ctrl-C and SIGTERM."""
+        """Take over Ctrl-C, SIGTERM, and SIGHUP where the process does not ignore it (`nohup`)."""
         for number in SIGNALS:
-            signal.signal(number, self._receive)
+            if signal.getsignal(number) != signal.SIG_IGN or number != signal.SIGHUP:
+                signal.signal(number, self._receive)
         return self
 
     def requested(self) -> int:
@@ -28,7 +29,7 @@ class Stop:
         return self.number
 
     def _receive(self, number: int, frame: Any) -> None:
-        if self.number:
+        if self.number and number != signal.SIGHUP:  # a terminal that goes away may say so twice
             comm.leave(128 + number)
         self.number = number
 

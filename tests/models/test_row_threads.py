@@ -246,3 +246,17 @@ def test_an_interrupt_leaves_the_model_whole():
 def test_ranks_may_differ_in_threads():
     """Catches collectives that wait for the first use of a weight, and gradients of one rank in another dtype."""
     run_ranks(Path(__file__).parent / "workers" / "uneven_threads.py", 2)
+
+
+def test_the_process_ends_after_its_threads() -> None:
+    """Catches "terminate called without an active exception": MLX's threads end while the process does (1 in 3 runs)."""
+    code = (
+        "import mlx.core as mx, mlx.nn as nn\n"
+        "from parallel import RowThreads, value_and_grad\n"
+        "model, rows = nn.Linear(8, 8), {'tokens': mx.zeros((32, 4), dtype=mx.int32), 'x': mx.ones((32, 8))}\n"
+        "loss = lambda model, batch: (model(batch['x']).sum(), mx.array(1))\n"
+        "for _ in range(3): mx.eval(value_and_grad(model, loss, row_threads=RowThreads(8, 1))([rows]))\n"
+    )
+    for _ in range(8):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+        assert done.returncode == 0, done.stderr

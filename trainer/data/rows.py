@@ -83,6 +83,21 @@ class TokenizedRows:
             mine = self._store_of_row == index
             self.lengths[mine] = np.diff(store.offsets)[self._row_in_store[mine]]
 
+    def require_ids_below(self, num_embeddings: int) -> None:
+        """Check every token against the model's embedding, which reads beyond its memory where an id is too large.
+
+        Raises:
+            ValueError: a token's id has no row in the embedding.
+        """
+        for store in self._stores:
+            highest = int(store.tokens.max()) if len(store.tokens) else 0
+            if highest >= num_embeddings:
+                row = int(np.searchsorted(store.offsets, int(store.tokens.argmax()), side="right"))
+                raise ValueError(
+                    f"Row {row} has the token id {highest}, but the model's embedding has {num_embeddings} rows; the "
+                    "tokenizer does not belong to this model."
+                )
+
     @cached_property
     def num_targets(self) -> np.ndarray:
         """Target tokens per row, (N,) int64."""
