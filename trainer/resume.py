@@ -1,7 +1,7 @@
 """Saving a run's state and taking it up again, on the same or on another number of ranks.
 
 Rank 0 holds the files: it chooses the checkpoint and sends the state. A checkpoint of another model, data,
-method, seed or batch is refused; other changes of the recipe go on with a notice.
+method, seed, batch or base weights is refused; other changes of the recipe go on with a notice.
 """
 
 import json
@@ -20,10 +20,12 @@ from trainer.agreement import broadcast_tensors, together
 from trainer.build import Parts
 from trainer.checkpoint import Checkpoint, CheckpointError, CheckpointFolder
 from trainer.config import Recipe
+from trainer.loading import source_folder
 from trainer.output import RESULT_FILE
 from trainer.progress import WATCHDOG_ROWS, Progress
 from trainer.rules import resolve_batch
 from trainer.storage import atomic_file, write_json
+from trainer.weights_digest import weights_digest
 
 FREE_SECTIONS = ("optimizer", "schedule", "epochs", "max_steps", "max_grad_norm", "gradient_checkpointing")
 RUN_FILE = ".run"
@@ -63,6 +65,7 @@ def save(parts: Parts, folder: CheckpointFolder, progress: Progress) -> None:
         "plan": {"epoch": epoch, "position": position},
         "num_updates": parts.optimizer.num_updates,
         "identity": parts.identity,
+        "base": _base(parts) if parts.world.rank == 0 else None,
         "settings": _settings(parts.recipe),
         "mesh": asdict(parts.sizes),
         "batch_dp": parts.batch_dp,
@@ -178,6 +181,7 @@ def restore(parts: Parts, folder: CheckpointFolder, found: Found, notice: Notice
     if state is None:
         return Progress(run=found.run)
     together(world, lambda: _check_identity(state["identity"], parts.identity))
+    together(world, lambda: _check_base(state.get("base"), _base(parts), notice) if world.rank == 0 else None)
     for line in _changes(state["settings"], _settings(parts.recipe)):
         notice(line)
     load_weights(parts, checkpoint)
@@ -229,6 +233,27 @@ def _check_identity(saved: dict[str, Any], current: dict[str, Any]) -> None:
         raise ValueError(
             f"The checkpoint belongs to another run ({pairs}). Use another output_dir, or checkpoint.resume=none."
         )
+
+
+def _base(parts: Parts) -> dict[str, Any]:
+    """What the adapters stand on: rank 0's weights, and how they are held. Full training keeps none of it."""
+    recipe = parts.recipe
+    if recipe.method == "full":
+        return {}
+    folder = source_folder(recipe.model)
+    model = asdict(recipe.model)
+    return {
+        "model weights": weights_digest(folder) if folder else "random",
+        "model.dtype": model["dtype"],
+        "model.quantize": model["quantize"],
+    }
+
+
+def _check_base(saved: dict[str, Any] | None, current: dict[str, Any], notice: Notice) -> None:
+    if saved is None:
+        notice("the checkpoint does not say on which base weights it was trained; they are taken to be the same")
+        return
+    _check_identity(saved, current)
 
 
 def _changes(saved: dict[str, Any], current: dict[str, Any]) -> Iterator[str]:

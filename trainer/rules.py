@@ -7,7 +7,7 @@ All are pure functions of the recipe (and of the number of ranks). `check` and `
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from operator import attrgetter
 
@@ -232,13 +232,7 @@ def _check_mesh(recipe: Recipe) -> Iterator[Problem]:
 
 def warnings(recipe: Recipe) -> list[str]:
     """Settings that have no effect in this recipe, one sentence each."""
-    found = []
-    defaults = Recipe()
-    for keys, why in _ignored(recipe):
-        for key in keys:
-            value = attrgetter(key)(recipe)
-            if value != attrgetter(key)(defaults):
-                found.append(f"{key} = {show(value)} has no effect {why}")
+    found = _without_effect(recipe, _ignored(recipe))
     steps, warmup = recipe.max_steps, recipe.schedule.warmup_steps
     if steps is not None and warmup >= steps:
         found.append(
@@ -246,6 +240,24 @@ def warnings(recipe: Recipe) -> list[str]:
         )
     if steps is not None and recipe.profile is not None and recipe.profile.start > steps:
         found.append(f"profile.start = {recipe.profile.start} traces nothing: max_steps is {steps}")
+    return found
+
+
+def validation_warnings(recipe: Recipe) -> list[str]:
+    """Settings that have no effect in this recipe as there turn out to be no validation rows, one sentence each."""
+    names = ("every", "batches", "generate", "exact_match", "max_new_tokens", "patience")
+    why = "without validation rows; give data.valid or data.val_fraction"
+    return _without_effect(recipe, [(tuple(f"eval.{name}" for name in names), why)])
+
+
+def _without_effect(recipe: Recipe, ignored: Iterable[tuple[tuple[str, ...], str]]) -> list[str]:
+    """One sentence for each of the keys that was set to something."""
+    found, defaults = [], Recipe()
+    for keys, why in ignored:
+        for key in keys:
+            value = attrgetter(key)(recipe)
+            if value != attrgetter(key)(defaults):
+                found.append(f"{key} = {show(value)} has no effect {why}")
     return found
 
 

@@ -35,7 +35,7 @@ from trainer.paths import require_writable
 from trainer.progress import WATCHDOG_ROWS, Progress, StopRules
 from trainer.recipe import load_recipe, to_yaml
 from trainer.requests import CheckpointTrigger, Stop
-from trainer.rules import resolve_mesh, warnings
+from trainer.rules import resolve_mesh, validation_warnings, warnings
 from trainer.storage import atomic_file, write_json
 from trainer.terminal import TerminalSink
 from trainer.throughput import Throughput, memory_of_ranks
@@ -86,7 +86,8 @@ def _train(recipe: Recipe, world: comm.Group, output_dir: Path | None, stop: Sto
         return _already_finished(parts, folder, progress)
     together(world, lambda: discard(output_dir))
     metrics = together(world, lambda: _open_metrics(parts, output_dir, progress.step))
-    introduce(parts, progress, notices, metrics)
+    unread = validation_warnings(recipe) if parts.splits.valid is None else []
+    introduce(parts, progress, [*notices, *unread], metrics)
     trigger = CheckpointTrigger(output_dir, metrics.message)
     profiler = Profiler(recipe.profile, output_dir, world, metrics.message)
     loop = make_loop(parts, make_hooks(parts, folder, metrics, stop, trigger, profiler), rules)

@@ -2,9 +2,9 @@
 
 import pytest
 
-from trainer.config import ParallelConfig
+from trainer.config import EvalConfig, ParallelConfig, Recipe
 from trainer.recipe import RecipeError, recipe_from
-from trainer.rules import MeshSizes, resolve_batch, resolve_mesh, warnings
+from trainer.rules import MeshSizes, resolve_batch, resolve_mesh, validation_warnings, warnings
 
 GOOD = {"model": {"path": "owner/name"}, "data": {"train": "rows.jsonl"}}
 
@@ -94,3 +94,12 @@ def test_optimizers_of_whole_matrices_refuse_slices(name, axis):
     with pytest.raises(RecipeError, match=rf"optimizer.name = {name}: needs whole matrices, but parallel.{axis} divides"):
         recipe_from(settings | {"parallel": {axis: 2}})
     assert recipe_from(settings | {"parallel": {"dp_replicate": 2, "pp": 2}}).optimizer.name == name
+
+
+def test_what_validation_needs_rows_for() -> None:
+    """Catches a patience or generations that never come, without a word, as there are no rows to validate on."""
+    assert validation_warnings(Recipe()) == []
+    recipe = Recipe(eval=EvalConfig(patience=3, generate=4))
+    found = validation_warnings(recipe)
+    assert [line.split(" has no effect")[0] for line in found] == ["eval.generate = 4", "eval.patience = 3"]
+    assert all("data.val_fraction" in line for line in found)
