@@ -81,7 +81,7 @@ def open_model(config: ModelConfig, vocab_size: int, seed: int) -> BaseModel:
     else:
         base = _read_model(config)
     _check_vocabulary(base, vocab_size)
-    _cast(base.model, _dtype(config.dtype))
+    _cast(base.model, model_dtype(config.dtype))
     if config.quantize is not None:
         return BaseModel(*quantize_model(base.model, base.config, config.quantize.group_size, config.quantize.bits))
     return base
@@ -164,7 +164,8 @@ def num_embeddings(model: nn.Module) -> int:
     return max(sizes, default=2**63 - 1)
 
 
-def _dtype(name: str) -> mx.Dtype:
+def model_dtype(name: str) -> mx.Dtype:
+    """The dtype that `model.dtype` means on this machine."""
     if name == "auto":
         return mx.bfloat16 if mx.default_device() == mx.gpu else mx.float32
     return {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}[name]

@@ -126,3 +126,16 @@ def _one_line(error: Exception) -> str:
     if mark is not None:
         return f"not YAML: {getattr(error, 'problem', '')} in line {mark.line + 1}, column {mark.column + 1}"
     return str(error).splitlines()[0]
+
+
+def flattened(settings: object, prefix: str = "") -> dict[str, object]:
+    """Nested dictionaries as dotted keys."""
+    if not isinstance(settings, dict):
+        return {}
+    flat: dict[str, object] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict) and value:
+            flat |= flattened(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from trainer.charts import PALETTE, Point, Series, line_chart, number, smooth, stacked_bars
 from trainer.metrics import STEP_KEY, read_rows
+from trainer.recipe import flattened
 from trainer.report_page import chart_card, folded, page, section, table
 
 PER_DEVICE = "throughput/tokens_per_sec_per_device"
@@ -214,8 +215,8 @@ def _differences(runs: Sequence[RunFiles]) -> str:
     """Settings and machine facts that are not the same in all runs."""
     if len(runs) < 2:
         return ""
-    known = [_flat(OmegaConf.to_container(OmegaConf.create(run.recipe))) for run in runs]
-    known = [settings | _flat(run.machine, "machine.") for settings, run in zip(known, runs)]
+    known = [flattened(OmegaConf.to_container(OmegaConf.create(run.recipe))) for run in runs]
+    known = [settings | flattened(run.machine, "machine.") for settings, run in zip(known, runs)]
     keys = sorted({key for settings in known for key in settings})
     rows = []
     for key in keys:
@@ -225,19 +226,6 @@ def _differences(runs: Sequence[RunFiles]) -> str:
     if not rows:
         return '<p class="sub">The recipes and machines are the same.</p>'
     return table(["setting", *(run.name for run in runs)], rows)
-
-
-def _flat(settings: object, prefix: str = "") -> dict[str, object]:
-    """Nested dictionaries as dotted keys."""
-    if not isinstance(settings, dict):
-        return {}
-    flat: dict[str, object] = {}
-    for key, value in settings.items():
-        if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _generations(runs: Sequence[RunFiles]) -> str:
@@ -274,7 +262,7 @@ def _answer(sample: dict | None) -> str:
 
 
 def _machines(runs: Sequence[RunFiles]) -> str:
-    known = [_flat(run.machine) for run in runs]
+    known = [flattened(run.machine) for run in runs]
     keys = list(dict.fromkeys(key for facts in known for key in facts))
     rows = [[escape(key), *(escape(str(facts.get(key, "–"))) for facts in known)] for key in keys]
     return table(["", *(run.name for run in runs)], rows) if rows else ""

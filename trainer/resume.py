@@ -6,7 +6,7 @@ method, seed, batch or base weights is refused; other changes of the recipe go o
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ from trainer.agreement import broadcast_tensors, together
 from trainer.build import Parts
 from trainer.checkpoint import Checkpoint, CheckpointError, CheckpointFolder
 from trainer.config import Recipe
-from trainer.loading import source_folder
+from trainer.loading import model_dtype, source_folder
 from trainer.output import RESULT_FILE
 from trainer.progress import WATCHDOG_ROWS, Progress
+from trainer.recipe import flattened
 from trainer.rules import resolve_batch
 from trainer.storage import atomic_file, write_json
 from trainer.weights_digest import weights_digest
@@ -67,6 +68,7 @@ def save(parts: Parts, folder: CheckpointFolder, progress: Progress) -> None:
         "identity": parts.identity,
         "base": _base(parts) if parts.world.rank == 0 else None,
         "settings": _settings(parts.recipe),
+        "described": _described(parts.recipe),
         "mesh": asdict(parts.sizes),
         "batch_dp": parts.batch_dp,
         "seed": parts.recipe.seed,
@@ -180,7 +182,8 @@ def restore(parts: Parts, folder: CheckpointFolder, found: Found, notice: Notice
     world, checkpoint, state = parts.world, found.checkpoint, found.state
     if state is None:
         return Progress(run=found.run)
-    together(world, lambda: _check_identity(state["identity"], parts.identity))
+    words = list(_differences(state.get("described", {}), _described(parts.recipe)))
+    together(world, lambda: _check_identity(state["identity"], parts.identity, words))
     together(world, lambda: _check_base(state.get("base"), _base(parts), notice) if world.rank == 0 else None)
     for line in _changes(state["settings"], _settings(parts.recipe)):
         notice(line)
@@ -226,13 +229,25 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
     return {name: sections[name] for name in FREE_SECTIONS}
 
 
-def _check_identity(saved: dict[str, Any], current: dict[str, Any]) -> None:
+def _described(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's words for what a checkpoint's identity holds digests of."""
+    sections = asdict(recipe)
+    return {name: sections[name] for name in ("model", "lora", "data")}
+
+
+def _check_identity(saved: dict[str, Any], current: dict[str, Any], words: Sequence[str] = ()) -> None:
+    """Refuse a checkpoint of another run; `words`, how the recipes differ, explain what is a digest."""
     changed = [key for key in current if saved.get(key) != current[key]]
-    if changed:
-        pairs = "; ".join(f"{key}: {saved.get(key)} then, {current[key]} now" for key in changed)
-        raise ValueError(
-            f"The checkpoint belongs to another run ({pairs}). Use another output_dir, or checkpoint.resume=none."
-        )
+    if not changed:
+        return
+    pairs = []
+    for key in changed:
+        section = [text for text in words if text.split(".")[0] == key.split(".")[0]]
+        pairs += section or [f"{key}: {saved.get(key)} then, {current[key]} now"]
+    raise ValueError(
+        f"The checkpoint belongs to another run ({'; '.join(dict.fromkeys(pairs))}). Use another output_dir, or "
+        "checkpoint.resume=none."
+    )
 
 
 def _base(parts: Parts) -> dict[str, Any]:
@@ -241,11 +256,10 @@ def _base(parts: Parts) -> dict[str, Any]:
     if recipe.method == "full":
         return {}
     folder = source_folder(recipe.model)
-    model = asdict(recipe.model)
     return {
         "model weights": weights_digest(folder) if folder else "random",
-        "model.dtype": model["dtype"],
-        "model.quantize": model["quantize"],
+        "model.dtype": str(model_dtype(recipe.model.dtype)).removeprefix("mlx.core."),
+        "model.quantize": asdict(recipe.model)["quantize"],
     }
 
 
@@ -257,6 +271,12 @@ def _check_base(saved: dict[str, Any] | None, current: dict[str, Any], notice: N
 
 
 def _changes(saved: dict[str, Any], current: dict[str, Any]) -> Iterator[str]:
-    for key in current:
-        if saved.get(key) != current[key]:
-            yield f"resuming with another {key}: {saved.get(key)} then, {current[key]} now"
+    return (f"resuming with another {difference}" for difference in _differences(saved, current))
+
+
+def _differences(saved: dict[str, Any], current: dict[str, Any]) -> Iterator[str]:
+    """Settings that differ, each in words; those that an older checkpoint does not have are left out."""
+    before, now = flattened(saved), flattened(current)
+    for key in now:
+        if key in before and before[key] != now[key]:
+            yield f"{key}: {before[key]} then, {now[key]} now"

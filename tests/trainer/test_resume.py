@@ -183,6 +183,8 @@ def test_checkpoints_without_a_run_number_go_on(rows, tmp_path):
         ({"seed": 1}, "seed: 0 then, 1 now"),
         ({"method": "full"}, "method: lora then, full now"),
         ({"batch_size_per_device": 2}, "global_batch_size: 4 then, 2 now"),
+        ({"lora": {"rank": 3}}, "(lora.rank: 8 then, 3 now; lora.dropout: 0.2 then, 0.0 now)"),
+        ({"model": {"dtype": "float16"}}, "(model.dtype: float32 then, float16 now)"),
     ],
 )
 def test_changed_run_is_refused(rows, tmp_path, changes, key):
