@@ -1,5 +1,7 @@
 """COMM_DEBUG=1 with real processes: ranks that take their collectives in different orders."""
 
+import re
+
 import pytest
 
 from ranks import run_ranks
@@ -26,5 +28,5 @@ def test_a_different_order_is_named(backend: str) -> None:
     ranks = run_ranks(SCRIPT, 2, backend=backend, timeout=40, env=env, check=False)
     said = "".join(one.stderr for one in ranks)
     assert all(one.returncode == 1 and "finished" not in one.stdout for one in ranks), said
-    assert "rank 1 is at #5 all_max (3,) float32" in said.replace("#3", "#5"), said
-    assert "rank 0 is at" in said and "all_sum (3,) float32" in said, said
+    # The number counts what starting took as well, which differs between backends.
+    assert re.search(r"rank 1 is at (#\d+) all_max \(3,\) float32; rank 0 is at \1 all_sum \(3,\) float32", said), said
