@@ -3,6 +3,7 @@
 import argparse
 import os
 import shlex
+import shutil
 import sys
 from typing import Any
 
@@ -44,16 +45,15 @@ def _launch(
     if not command:
         parser.error("launch needs the program to start: python -m comm launch -n 2 -- python x.py")
     try:
-        hosts = make_hosts(options.num_ranks, options.hosts, options.hostfile)
+        hosts = make_hosts(options.num_ranks, options.hosts, options.hostfile, options.backend)
     except ValueError as error:
         parser.exit(2, f"error: {error}\n")
-    backend = options.backend or hosts.backend or "ring"
     job = Job(
-        tuple(command), hosts, backend, options.timeout, options.max_restarts,
+        tuple(command), hosts, hosts.backend, options.timeout, options.max_restarts,
         options.python, options.ssh, options.cwd,
     )  # fmt: skip
     try:
-        return launch(mpi_job(job) if backend == "mpi" else job)
+        return launch(mpi_job(job) if job.backend == "mpi" else job)
     except ValueError as error:
         parser.exit(2, f"error: {error}\n")
 
@@ -146,8 +146,8 @@ def _command(text: str) -> str:
         words = shlex.split(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no command: {error}") from None
-    if not words or "\0" in text:
-        raise argparse.ArgumentTypeError(f"{text!r} is no command")
+    if not words or "\0" in text or not shutil.which(words[0]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no command that can be found here")
     return text
 
 

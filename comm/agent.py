@@ -12,6 +12,7 @@ import json
 import os
 import queue
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -36,7 +37,11 @@ def main() -> None:
         addresses = own_ips(request, os.environ)
         control = addresses["control"]
         wanted = [addresses["ips"], [control] * request["num_extra_ports"]]
-        ports, extra = held.enter_context(reserve_ports(wanted))
+        try:
+            ports, extra = held.enter_context(reserve_ports(wanted))
+        except OSError as error:
+            names = ", ".join(addresses["ips"])
+            sys.exit(f"{names} must be addresses of {socket.gethostname()} itself: {error.strerror}")
         greeting = {"control": control, "ring": ports, "extra": extra}
         print(GREETING + json.dumps(greeting), flush=True)
         order = _read()
@@ -93,10 +98,32 @@ def kill_group(process: subprocess.Popen, number: int) -> None:
         pass  # all of them have ended
 
 
-def is_stopped(pid: int) -> bool:
-    """Whether a process is held by SIGSTOP or SIGTSTP, as `ps` says."""
-    done = subprocess.run(["ps", "-o", "state=", "-p", str(pid)], capture_output=True, text=True)
-    return done.stdout.strip().startswith("T")
+class StoppedSince:
+    """How long the program has been held by SIGSTOP or SIGTSTP, from one look to the next.
+
+    Args:
+        group: The process group of the program and its children.
+    """
+
+    def __init__(self, group: int):
+        self._group = group
+        self._since: float | None = None
+
+    def seconds(self) -> float:
+        """Looks again; 0.0 where no process of the group is stopped now."""
+        now = time.monotonic()
+        if not is_stopped(self._group):
+            self._since = None
+        elif self._since is None:
+            self._since = now
+        return now - self._since if self._since is not None else 0.0
+
+
+def is_stopped(group: int) -> bool:
+    """Whether a process of a group is held by a signal, as `ps` says."""
+    done = subprocess.run(["ps", "-A", "-o", "pgid=,state="], capture_output=True, text=True)
+    processes = (line.split() for line in done.stdout.splitlines())
+    return any(words[0] == str(group) and words[1].startswith("T") for words in processes if len(words) == 2)
 
 
 def _obey(process: subprocess.Popen) -> None:
@@ -105,12 +132,13 @@ def _obey(process: subprocess.Popen) -> None:
     if process.stdin:
         # Apart, so that a program that does not read holds no signal up.
         threading.Thread(target=_type, args=(process.stdin, typed), daemon=True).start()
+    stopped = StoppedSince(process.pid)
     while line := sys.stdin.readline():
         message = json.loads(line)
         if "signal" in message:
             kill_group(process, message["signal"])
-        elif "end_if_stopped" in message:
-            if is_stopped(process.pid):
+        elif "end_if_stopped_for" in message:
+            if stopped.seconds() >= message["end_if_stopped_for"]:
                 print("comm: this rank is stopped, while others have ended", file=sys.stderr, flush=True)
                 kill_group(process, signal.SIGKILL)
         else:

@@ -249,6 +249,6 @@ def _launch_itself(options: argparse.Namespace) -> int:
     flags += ["--json"] if options.json else []
     flags += [f"--plot={options.plot}"] if options.plot else []
     command = (sys.executable, "-m", "comm", "bench", *flags)
-    hosts = make_hosts(options.num_ranks, None, None)
+    hosts = make_hosts(options.num_ranks, None, None, backend)
     job = Job(command, hosts, backend, cwd=str(Path.cwd()), prefix=False)
     return launch(mpi_job(job) if backend == "mpi" else job)

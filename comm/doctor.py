@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from comm.hostfile import Host, HostList, read_hostfile
+from comm.job import ssh_words
 from comm.launch import agent_environment
 from comm.probe import GREETING
 
@@ -50,7 +51,7 @@ def ask(host: Host, ssh: str, python: str, hosts: HostList) -> dict[str, Any] | 
         command = [sys.executable, *command]
     else:
         variables = [f"{name}={value}" for name, value in hosts.variables]
-        command = [*shlex.split(ssh), host.ssh, shlex.join(["env", *variables, python, *command])]
+        command = [*ssh_words(ssh, SSH_SECONDS), host.ssh, shlex.join(["env", *variables, python, *command])]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=SSH_SECONDS,

@@ -1,7 +1,9 @@
 """What `python -m comm launch` is to start, and what each rank needs for it: no process is started here."""
 
 import json
+import math
 import os
+import shlex
 import shutil
 import sys
 from collections import Counter
@@ -10,12 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from comm.hostfile import LOCAL, Host, HostList, check_hosts, read_hostfile
+from comm.hostfile import LOCAL, Host, HostList, check_hosts, check_rdma, read_hostfile
 
 # The last rank of a ring is the first to call another one, and waits a whole second where rank 0 is not there yet.
 HEAD_START_SECONDS = 0.1
-# After this the connection to a host that vanished ends, also where no rank is left to say so.
-SSH = "ssh -o BatchMode=yes -o ServerAliveInterval=30 -o ServerAliveCountMax=10"
+SSH = "ssh"
+CONNECT_SECONDS = 60.0  # for ssh to reach a host, at most
+KEEP_ALIVE_SECONDS = 15.0  # between the questions whether a host is still there
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,8 @@ class Job:
     prefix: bool = True
 
 
-def make_hosts(num_ranks: int | None, hosts: str | None, hostfile: str | None) -> HostList:
-    """The hosts from the command line: N local ranks, names, or a hostfile.
+def make_hosts(num_ranks: int | None, hosts: str | None, hostfile: str | None, backend: str | None) -> HostList:
+    """The hosts from the command line: N local ranks, names, or a hostfile; and the backend, the hostfile's or ring.
 
     Raises:
         ValueError: Everything that is wrong with them.
@@ -54,13 +57,39 @@ def make_hosts(num_ranks: int | None, hosts: str | None, hostfile: str | None) -
     if hostfile:
         if num_ranks or hosts:
             raise ValueError("--hostfile names the ranks; -n and --hosts do not go with it.")
-        return read_hostfile(hostfile)
+        found = read_hostfile(hostfile, backend or "")
+        return replace(found, backend=found.backend or "ring")
     names = hosts.split(",") if hosts else ["127.0.0.1"]
-    single = HostList(tuple(Host(name) for name in names))
-    problems = check_hosts(single)
-    if problems:
+    if problems := check_hosts(HostList(tuple(Host(name) for name in names))):
         raise ValueError("\n".join(f"--hosts: {problem}" for problem in problems))
-    return HostList(tuple(Host(name) for name in names for _ in range(num_ranks or 1)))
+    everyone = HostList(tuple(Host(name) for name in names for _ in range(num_ranks or 1)), backend or "ring")
+    if problems := check_rdma(everyone):
+        raise ValueError(f"--backend {backend} needs --hostfile with the rdma devices: {problems[0]}")
+    return everyone
+
+
+def ssh_words(command: str, timeout_seconds: float) -> list[str]:
+    """The command that reaches hosts, by words.
+
+    Where that is ssh it never asks for a password, gives up a host that does not answer, and ends the connection to one
+    that vanished. What the command says about that itself comes first, and ssh takes the first word.
+
+    Args:
+        command: Such as "ssh -p 2222".
+        timeout_seconds: How long a rank may be missing; 0: as for 300.
+    """
+    words = shlex.split(command)
+    if Path(words[0]).name != "ssh":
+        return words
+    timeout = timeout_seconds or 300.0
+    connect, interval = (max(1, round(min(timeout, most))) for most in (CONNECT_SECONDS, KEEP_ALIVE_SECONDS))
+    settings = {
+        "BatchMode": "yes",
+        "ConnectTimeout": connect,
+        "ServerAliveInterval": interval,
+        "ServerAliveCountMax": max(1, math.ceil(timeout / interval)),
+    }
+    return [*words, *(word for name, value in settings.items() for word in ("-o", f"{name}={value}"))]
 
 
 def mpi_job(job: Job) -> Job:

@@ -18,13 +18,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from comm.agent import GREETING
 from comm.hostfile import Host
-from comm.job import Job, make_orders
+from comm.job import Job, make_orders, ssh_words
 
 GRACE_SECONDS = 6.0  # for the watchdogs to name the missing rank, once one has failed
 STOP_SECONDS = 5.0  # from SIGTERM to SIGKILL, and from that to giving the host up
@@ -67,17 +68,11 @@ class Run:
         self._events: queue.Queue[tuple[str, int, int]] = queue.Queue()
         self._lock = threading.Lock()
         self._unwritable: set[Any] = set()
-        self._code = 0
+        self._code = self._num_asked = 0
         self._due: list[_Due] = []  # what is done when nothing else happens, one after the other
         self._agents = [self._start_agent(host) for host in job.hosts.hosts]
         self._running = set(range(len(self._agents)))
-        try:
-            greetings = [self._greeting(rank) for rank in range(len(self._agents))]
-        except ValueError as error:
-            _say(str(error))
-            for agent in self._agents:
-                agent.kill()
-            self._code, greetings = 1, []
+        greetings = self._greetings()
         orders = make_orders(job, greetings, secrets.token_hex(32), attempt) if greetings else []
         for rank, order in enumerate(orders):
             self._tell(rank, order | {"takes_input": takes_input and rank == 0})
@@ -127,12 +122,13 @@ class Run:
 
     def _pass_on(self, number: int) -> None:
         """A signal to the launcher: the ranks finish their step and save; a second one ends them at once."""
-        if number == signal.SIGHUP:  # the terminal is gone: once or twice, the ranks may save
-            number = signal.SIGTERM
-        elif self.told_to_stop:
-            number = signal.SIGKILL
+        # When the terminal goes away, which may be said twice, nobody is impatient.
+        self._num_asked += number != signal.SIGHUP
+        if self._num_asked > 1:
+            self._signal_all(signal.SIGKILL)
+        elif not self.told_to_stop:
+            self._signal_all(signal.SIGTERM if number == signal.SIGHUP else number)
         self.told_to_stop = True
-        self._signal_all(number)
 
     def _note_end(self, rank: int, code: int) -> None:
         self._running.discard(rank)
@@ -147,20 +143,20 @@ class Run:
             for other in self._running:
                 threading.Thread(target=self._look_for, args=(other,), daemon=True).start()
         elif not self._due and self.job.timeout_seconds:
-            self._due = [_Due(self.job.timeout_seconds, self._end_stopped)]
+            self._end_stopped()
 
     def _end_stopped(self) -> None:
         """Some ranks have ended as they should: one that is stopped since would hold the job for ever."""
         for rank in self._running:
-            self._tell(rank, {"end_if_stopped": True})
-        self._due = [_Due(self.job.timeout_seconds, self._end_stopped)]
+            self._tell(rank, {"end_if_stopped_for": self.job.timeout_seconds})
+        self._due = [_Due(self.job.timeout_seconds / 4, self._end_stopped)]
 
     def _look_for(self, rank: int) -> None:
         """Whether the rank's host still answers, once the job has failed."""
         host = self.job.hosts.hosts[rank]
         if host.is_local:
             return
-        command = [*shlex.split(self.job.ssh), host.ssh, "true"]
+        command = [*ssh_words(self.job.ssh, self.job.timeout_seconds), host.ssh, "true"]
         try:
             answers = not subprocess.run(
                 command, stdin=subprocess.DEVNULL, capture_output=True, timeout=GRACE_SECONDS
@@ -173,7 +169,7 @@ class Run:
     def _give_up(self, rank: int) -> None:
         if rank in self._running:
             _say(f"rank {rank}: {self.job.hosts.hosts[rank].ssh} does not answer and is given up")
-            self._agents[rank].kill()
+            _kill(self._agents[rank])
 
     def _give_up_all(self) -> None:
         for rank in list(self._running):
@@ -186,7 +182,7 @@ class Run:
         else:
             folder = shlex.quote(self.job.cwd)
             remote = f"cd {folder} 2>/dev/null; exec {shlex.quote(self.job.python)} -m comm.agent"
-            command = [*shlex.split(self.job.ssh), host.ssh, remote]
+            command = [*ssh_words(self.job.ssh, self.job.timeout_seconds), host.ssh, remote]
         pipe = subprocess.PIPE
         # A session of its own: Ctrl-C in the terminal reaches the launcher alone, which passes
         # it on once.
@@ -194,6 +190,30 @@ class Run:
             command, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True,
             env=agent_environment(),
         )  # fmt: skip
+
+    def _greetings(self) -> list[dict[str, Any]]:
+        """What every agent says first; empty where one of them cannot, with the reason told and the others ended."""
+        limit = self.job.timeout_seconds or None
+        late = threading.Timer(limit, self._end_agents) if limit else None
+        try:
+            if late:
+                late.start()
+            return [self._greeting(rank) for rank in range(len(self._agents))]
+        except ValueError as error:
+            reason = str(error)
+            if late and not late.is_alive():
+                reason += f"it did not answer within {limit:g} s"
+            _say(reason)
+            self._end_agents()
+            self._code = 1
+            return []
+        finally:
+            if late:
+                late.cancel()
+
+    def _end_agents(self) -> None:
+        for agent in self._agents:
+            _kill(agent)
 
     def _greeting(self, rank: int) -> dict[str, Any]:
         agent, host = self._agents[rank], self.job.hosts.hosts[rank]
@@ -253,6 +273,12 @@ class Run:
         except OSError as error:
             self._unwritable.add(out)
             _say(f"output cannot be passed on ({error.strerror}); the job goes on without")
+
+
+def _kill(agent: subprocess.Popen) -> None:
+    """Ends an agent, or the command that reaches it, with what that has started."""
+    with suppress(ProcessLookupError):
+        os.killpg(agent.pid, signal.SIGKILL)
 
 
 def agent_environment() -> dict[str, str]:

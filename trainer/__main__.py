@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import io
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from trainer.blas import load_fast_blas
 from trainer.device_errors import translated
 from trainer.problems import USER_ERRORS, AgreedError, RecipeError, listing, nearest, sentence
 from trainer.shipped import recipes_folder
+from trainer.streams import turn_off_stdout
 from trainer.verbs import VERBS
 
 # Set by mlx.launch and `python -m comm launch`, by JACCL, and by two families of mpirun.
@@ -62,9 +64,15 @@ def run(words: list[str]) -> Outcome:
     if _rank() and VERBS[name].rank_0_alone:
         return Outcome(0)
     try:
-        return Outcome(VERBS[name].main(arguments))
+        code = VERBS[name].main(arguments)
+        sys.stdout.flush()
+        return Outcome(code)
     except KeyboardInterrupt:
         return Outcome(130)
+    except BrokenPipeError as error:
+        # The reader of `... | head` has seen enough.
+        turn_off_stdout()
+        return Outcome(128 + signal.SIGPIPE, error)
     except Exception as error:
         return _report(error, arguments)
 

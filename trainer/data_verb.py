@@ -14,6 +14,7 @@ from trainer.paths import require_paths
 from trainer.preview import Document, Preview, preview, visible
 from trainer.preview_page import preview_page
 from trainer.recipe import load_recipe
+from trainer.terminal import Output
 
 LEARNED, OTHER, NOTE = "bold green", "dim", "cyan"
 # Where there is no colour, learned tokens stand between these.
@@ -29,7 +30,7 @@ def main(arguments: argparse.Namespace) -> int:
     title = Path(arguments.recipe).stem
     shown = preview(recipe, title, arguments.split, arguments.rows, arguments.world)
     if arguments.html is None:
-        show(shown, Console())
+        show(shown, Output())
         return 0
     target = Path(arguments.html)
     target.parent.mkdir(parents=True, exist_ok=True)

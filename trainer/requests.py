@@ -12,7 +12,7 @@ TRIGGER_FILE = "checkpoint.now"
 
 
 class Stop:
-    """Remembers the signal that asked this process to stop; a second one ends it at once, but for SIGHUP."""
+    """Remembers the signal that asked this process to stop; a second one ends it at once, SIGHUP not counted."""
 
     def __init__(self):
         self.number = 0
@@ -28,8 +28,13 @@ class Stop:
         """The signal received so far, or 0."""
         return self.number
 
+    def reader_gone(self) -> None:
+        """Nobody reads the output any more, as behind `| head`: as if SIGPIPE had come."""
+        self.number = self.number or signal.SIGPIPE
+
     def _receive(self, number: int, frame: Any) -> None:
-        if self.number and number != signal.SIGHUP:  # a terminal that goes away may say so twice
+        # A terminal that goes away may say so twice, and nobody is impatient then.
+        if number != signal.SIGHUP and self.number not in (0, signal.SIGHUP):
             comm.leave(128 + number)
         self.number = number
 

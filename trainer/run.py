@@ -85,7 +85,7 @@ def _train(recipe: Recipe, world: comm.Group, output_dir: Path | None, stop: Sto
     if progress.step >= parts.total_steps or rules.is_patience_used_up(progress):
         return _already_finished(parts, folder, progress)
     together(world, lambda: discard(output_dir))
-    metrics = together(world, lambda: _open_metrics(parts, output_dir, progress.step))
+    metrics = together(world, lambda: _open_metrics(parts, output_dir, progress.step, stop))
     unread = validation_warnings(recipe) if parts.splits.valid is None else []
     introduce(parts, progress, [*notices, *unread], metrics)
     trigger = CheckpointTrigger(output_dir, metrics.message)
@@ -241,7 +241,7 @@ def _evaluation(parts: Parts, metrics: Metrics) -> Callable[[int], dict[str, flo
     return evaluate
 
 
-def _open_metrics(parts: Parts, output_dir: Path | None, step: int) -> Metrics:
+def _open_metrics(parts: Parts, output_dir: Path | None, step: int, stop: Stop) -> Metrics:
     """Rank 0's sinks; none on other ranks. Also keeps the resolved recipe and the machine's facts beside them."""
     if output_dir is None:
         return Metrics([])
@@ -251,7 +251,7 @@ def _open_metrics(parts: Parts, output_dir: Path | None, step: int) -> Metrics:
         file.write_text(to_yaml(recipe))
     with atomic_file(output_dir / MACHINE_FILE) as file:
         write_json(file, machine_facts(world.size, world.backend, asdict(parts.sizes)))
-    terminal = TerminalSink(parts.total_steps, step)
+    terminal = TerminalSink(parts.total_steps, step, on_closed=stop.reader_gone)
     rows = JsonlSink(output_dir / "metrics.jsonl", step or None, notice=terminal.message)
     wandb = _open_wandb(recipe, output_dir, step, terminal.message)
     baseline = BaselineSink(output_dir, baseline_facts(parts)) if world.size == 1 else None

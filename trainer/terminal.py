@@ -3,8 +3,10 @@
 Training rows move the bar; evaluations, held-out generations and messages stay on the screen above it.
 """
 
+import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
@@ -12,6 +14,7 @@ from rich.table import Column
 from rich.text import Text
 
 from trainer.metrics import STEP_KEY, Row, Sample
+from trainer.streams import turn_off_stdout
 
 NUM_SAMPLES_SHOWN = 3
 # Row key -> how it reads, in the order shown.
@@ -31,6 +34,14 @@ NARROW = (
 EVAL_WORDS = {"eval/loss": "eval loss {:.4f}", "eval/ppl": "ppl {:.4g}", "eval/exact_match": "exact match {:.1%}"}
 
 
+class Output(Console):
+    """Standard output as a console; where nobody reads it any more, that is an error like any other."""
+
+    def on_broken_pipe(self) -> None:
+        """Called by rich within the handling of a `BrokenPipeError`."""
+        raise
+
+
 class TerminalSink:
     """Shows a run.
 
@@ -39,6 +50,7 @@ class TerminalSink:
         start_step: Updates done before this start of it (resumed runs).
         console: Where to; by default standard output.
         clock: Seconds; a test may give its own.
+        on_closed: Called once, when nobody reads the output any more.
     """
 
     def __init__(
@@ -48,11 +60,14 @@ class TerminalSink:
         *,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
+        on_closed: Callable[[], None] = lambda: None,
     ) -> None:
         self.total_steps = total_steps
         self.start_step = start_step
-        self.console = console or Console()
+        self.console = console or Output()
         self._clock = clock
+        self._on_closed = on_closed
+        self._is_writable = True
         self._first: tuple[float, int] | None = None
         self._words = ""
         left_out = next((keys for width, keys in NARROW if self.console.width < width), ())
@@ -100,7 +115,8 @@ class TerminalSink:
     def abandon(self) -> None:
         """Stop the bar, which has hidden the terminal's cursor."""
         if self._progress is not None:
-            self._progress.stop()
+            with suppress(OSError):  # the terminal may be gone
+                self._progress.stop()
 
     def _make_progress(self) -> Progress:
         columns = (
@@ -128,8 +144,24 @@ class TerminalSink:
         return f"ETA {hours}:{minutes:02d}:{seconds:02d}" if hours else f"ETA {minutes}:{seconds:02d}"
 
     def _print(self, text: str, style: str | None = None) -> None:
-        # A Text object, so that brackets in prompts and paths are not taken for rich's markup.
-        self.console.print(Text(text, style=style or ""), soft_wrap=True)
+        if not self._is_writable:
+            return
+        try:
+            # A Text object, so that brackets in prompts and paths are not taken for rich's markup.
+            self.console.print(Text(text, style=style or ""), soft_wrap=True)
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        """Write no more: nobody reads, or the disk of the file is full."""
+        self._is_writable = False
+        turn_off_stdout()
+        is_closed = isinstance(error, BrokenPipeError)
+        then = "the run saves and ends; the same command goes on from there" if is_closed else "the run goes on without"
+        with suppress(OSError):
+            print(f"Nothing can be written to the output any more ({error.strerror}): {then}.", file=sys.stderr)
+        if is_closed:
+            self._on_closed()
 
 
 def _one_line(text: str | None) -> str:

@@ -86,7 +86,21 @@ def test_hostfiles_that_come_along(name: str, backend: str, count: int) -> None:
         '[{"ssh": "a", "ips": "10.0.0.1"}]',
         '[{"ssh": "a", "rdma": 5}]',
         '{"hosts": [{"ssh": "a"}], "envs": 5}',
+        '{"hosts": [{"ssh": "a"}], "envs": ["A"]}',
+        '{"hosts": [{"ssh": "a"}], "envs": ["A=\\u0000"]}',
+        '{"hosts": [{"ssh": "a"}], "envs": ["A=\\ud800"]}',
+        '[{"ssh": ""}]',
+        '[{"ssh": "-oProxyCommand=true"}]',
+        '[{"ssh": "a b"}]',
+        '[{"ssh": "a\\u0000"}]',
+        '[{"ssh": "a\\ud800"}]',
+        '[{"ssh": "a", "ips": ["10.0.0.1", "10.0.1.1"]}, {"ssh": "b", "ips": ["10.0.0.2"]}]',
+        '[{"ssh": "a", "rdma": [null, 5]}, {"ssh": "b", "rdma": ["x", null]}]',
+        '[{"ssh": "a", "rdma": [null, ["x", {}]]}, {"ssh": "b", "rdma": ["x", null]}]',
+        '[{"ssh": "a", "rdma": [null, ["x", "y"]]}, {"ssh": "b", "rdma": ["x", null]}]',
+        "[" * 100_000,
     ],
+    ids=lambda content: content[:60],
 )
 def test_a_file_that_is_no_hostfile(tmp_path: Path, content: str) -> None:
     """Catches a stack trace where the user needs a sentence."""
