@@ -6,12 +6,16 @@ cases on a second backend) take many minutes on two cores and run with `--exhaus
 
 import os
 import platform
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 
 from trainer.blas import load_fast_blas
+
+# What a shell puts into the background ignores SIGINT, and so would every process that a test starts and interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("MLX_DISABLE_COMPILE", "1")

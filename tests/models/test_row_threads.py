@@ -1,5 +1,6 @@
 """Rows on threads give the step's loss and gradients, the same bits each time, and leave nothing behind."""
 
+import gc
 import subprocess
 import sys
 import threading
@@ -246,6 +247,21 @@ def test_an_interrupt_leaves_the_model_whole():
 def test_ranks_may_differ_in_threads():
     """Catches collectives that wait for the first use of a weight, and gradients of one rank in another dtype."""
     run_ranks(Path(__file__).parent / "workers" / "uneven_threads.py", 2)
+
+
+def test_threads_end_with_their_object() -> None:
+    """Catches threads, and with them MLX streams, that pile up in a notebook that builds one model after the other."""
+    gc.collect()  # what other tests have left
+    before = threading.active_count()
+    for closes in (True, False):
+        threads = RowThreads(3, 1)
+        model, loss = build("qwen3", "lora")
+        value_and_grad(model, loss, row_threads=threads)([batch_of(0, LENGTH, ROWS)])
+        assert threading.active_count() == before + 3
+        if closes:
+            threads.close()
+        del threads
+        assert threading.active_count() == before
 
 
 def test_the_process_ends_after_its_threads() -> None:
