@@ -6,8 +6,10 @@ No path is opened, and nothing of MLX is imported.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from trainer.config import DataSource, Recipe
 from trainer.problems import Problem, RecipeError, nearest
@@ -71,6 +73,39 @@ def named_paths(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for key, path in named.items():
         if path and not path.startswith(("bpe:", "synthetic:")):
             yield key, path
+
+
+def found_beside(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe with paths from `folder`, where its file lies, for those that are not found from the working folder."""
+
+    def find(path: str) -> str:
+        beside = folder / path
+        return str(beside) if not os.path.exists(os.path.expanduser(path)) and beside.exists() else path
+
+    return _with_paths(recipe, find)
+
+
+def found_from_anywhere(recipe: Recipe) -> Recipe:
+    """The recipe with whole paths for what is on this machine, to be kept in a folder that may be moved."""
+    return _with_paths(recipe, lambda path: os.path.abspath(path) if os.path.exists(path) else path)
+
+
+def _with_paths(recipe: Recipe, change: Callable[[str], str]) -> Recipe:
+    """The recipe with every setting changed that names something to read."""
+    changed = {path: change(path) for _, path in named_paths(recipe)}
+
+    def new(value: Any) -> Any:
+        if isinstance(value, list):
+            return [replace(source, path=new(source.path)) for source in value]
+        return changed.get(value, value)
+
+    return replace(
+        recipe,
+        model=replace(recipe.model, path=new(recipe.model.path), tokenizer=new(recipe.model.tokenizer)),
+        lora=replace(recipe.lora, init_from=new(recipe.lora.init_from)),
+        data=replace(recipe.data, train=new(recipe.data.train), valid=new(recipe.data.valid)),
+        checkpoint=replace(recipe.checkpoint, resume=new(recipe.checkpoint.resume)),
+    )
 
 
 def require_writable(output_dir: str) -> None:

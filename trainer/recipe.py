@@ -13,6 +13,7 @@ from typing import Any
 
 from trainer.config import Recipe
 from trainer.fill import fill, walk
+from trainer.paths import found_beside
 from trainer.problems import Problem, RecipeError, nearest
 from trainer.rules import check
 
@@ -27,7 +28,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         overrides: Settings such as ``optimizer.lr=2e-4``, applied in order; the values are YAML.
 
     Returns:
-        The recipe with every default filled in and ``{recipe}`` in its output folder replaced.
+        The recipe with every default filled in and ``{recipe}`` in its output folder replaced. Relative paths are
+        looked for in the working folder, then beside the file.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -49,7 +51,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         values = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     except (OmegaConfBaseException, YAMLError) as error:
         raise RecipeError([*problems, Problem("", None, _one_line(error))], str(path)) from error
-    return recipe_from(values, path, problems)
+    return found_beside(recipe_from(values, path, problems), path.parent)
 
 
 def recipe_from(

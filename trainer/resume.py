@@ -185,8 +185,8 @@ def restore(parts: Parts, folder: CheckpointFolder, found: Found, notice: Notice
     words = list(_differences(state.get("described", {}), _described(parts.recipe)))
     together(world, lambda: _check_identity(state["identity"], parts.identity, words))
     together(world, lambda: _check_base(state.get("base"), _base(parts), notice) if world.rank == 0 else None)
-    for line in _changes(state["settings"], _settings(parts.recipe)):
-        notice(line)
+    for difference in differences(found, parts.recipe):
+        notice(f"resuming with another {difference}")
     load_weights(parts, checkpoint)
     layout = model_layout(parts.model)
     moments = broadcast_tensors(world, checkpoint.tensors("optimizer") if checkpoint else None)
@@ -198,6 +198,11 @@ def restore(parts: Parts, folder: CheckpointFolder, found: Found, notice: Notice
     if parts.recipe.eval.patience and progress.best_step is not None:
         _find_best(parts.world, folder, progress, notice)
     return progress
+
+
+def differences(found: Found, recipe: Recipe) -> list[str]:
+    """Settings that a run may change and that its checkpoint was made with otherwise, such as `max_steps: 6 then, 8 now`."""
+    return list(_differences(found.state["settings"], _settings(recipe))) if found.state else []
 
 
 def load_weights(parts: Parts, checkpoint: Checkpoint | None) -> None:
@@ -268,10 +273,6 @@ def _check_base(saved: dict[str, Any] | None, current: dict[str, Any], notice: N
         notice("the checkpoint does not say on which base weights it was trained; they are taken to be the same")
         return
     _check_identity(saved, current)
-
-
-def _changes(saved: dict[str, Any], current: dict[str, Any]) -> Iterator[str]:
-    return (f"resuming with another {difference}" for difference in _differences(saved, current))
 
 
 def _differences(saved: dict[str, Any], current: dict[str, Any]) -> Iterator[str]:

@@ -31,7 +31,7 @@ from trainer.loop import Due, Hooks, Loop
 from trainer.machine import MACHINE_FILE, machine_facts
 from trainer.metrics import JsonlSink, Metrics
 from trainer.optim import learning_rate
-from trainer.paths import require_writable
+from trainer.paths import found_from_anywhere, require_writable
 from trainer.progress import WATCHDOG_ROWS, Progress, StopRules
 from trainer.recipe import load_recipe, to_yaml
 from trainer.requests import CheckpointTrigger, Stop
@@ -83,7 +83,7 @@ def _train(recipe: Recipe, world: comm.Group, output_dir: Path | None, stop: Sto
         progress = resume.restore(parts, folder, found, notices.append)
     rules = StopRules(recipe.eval.patience, recipe.limits.loss_watchdog)
     if progress.step >= parts.total_steps or rules.is_patience_used_up(progress):
-        return _already_finished(parts, folder, progress)
+        return _already_finished(parts, folder, progress, resume.differences(found, recipe))
     together(world, lambda: discard(output_dir))
     metrics = together(world, lambda: _open_metrics(parts, output_dir, progress.step, stop))
     unread = validation_warnings(recipe) if parts.splits.valid is None else []
@@ -191,7 +191,7 @@ def _end(
     return 0
 
 
-def _already_finished(parts: Parts, folder: CheckpointFolder, progress: Progress) -> int:
+def _already_finished(parts: Parts, folder: CheckpointFolder, progress: Progress, differences: list[str]) -> int:
     """Nothing is left to train. A run killed between its last checkpoint and its result still owes the result."""
     if not is_written(parts, progress):
         finish(parts, folder, progress, print)
@@ -199,7 +199,12 @@ def _already_finished(parts: Parts, folder: CheckpointFolder, progress: Progress
         how = f"{progress.step} steps"
         if progress.step < parts.total_steps:
             how += f", {_without_gain(parts)}"
-        print(f"{parts.recipe.output_dir} is finished ({how}). Use another output_dir, or more epochs.")
+        if differences:
+            how += f"; {'; '.join(differences)}"
+        print(
+            f"{parts.recipe.output_dir} is finished ({how}). Use another output_dir or more epochs, or begin anew with "
+            "checkpoint.resume=none."
+        )
     return 0
 
 
@@ -248,7 +253,7 @@ def _open_metrics(parts: Parts, output_dir: Path | None, step: int, stop: Stop) 
     recipe, world = parts.recipe, parts.world
     output_dir.mkdir(parents=True, exist_ok=True)
     with atomic_file(output_dir / "recipe.yaml") as file:
-        file.write_text(to_yaml(recipe))
+        file.write_text(to_yaml(found_from_anywhere(recipe)))
     with atomic_file(output_dir / MACHINE_FILE) as file:
         write_json(file, machine_facts(world.size, world.backend, asdict(parts.sizes)))
     terminal = TerminalSink(parts.total_steps, step, on_closed=stop.reader_gone)

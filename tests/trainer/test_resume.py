@@ -95,6 +95,9 @@ def test_finished_run_says_so(rows, tmp_path, capsys):
     before = result(tmp_path)
     assert run_here(settings) == 0
     assert "is finished (2 steps)" in capsys.readouterr().out
+    assert run_here(recipe(rows, tmp_path, "lora", max_steps=2, optimizer={"lr": 0.5})) == 0
+    told = capsys.readouterr().out
+    assert "is finished (2 steps; optimizer.lr: 0.01 then, 0.5 now)" in told and "checkpoint.resume=none" in told
     assert result(tmp_path) == before
     (tmp_path / "adapters.safetensors").unlink()
     assert run_here(settings) == 0

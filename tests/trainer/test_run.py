@@ -8,11 +8,13 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from tiny_recipes import MODELS, run_apart, tiny_recipe, write_rows
 
 import comm
+from trainer.__main__ import main
 from trainer.metrics import read_rows
 from trainer.recipe import to_yaml
 from trainer.run import Stop, train
@@ -169,3 +171,18 @@ def test_folder_of_a_living_run_is_refused(rows, tmp_path):
     assert (tmp_path / "run" / ".lock").exists()
     assert train(recipe, comm.solo(), Stop(), []) == 0
     assert not (tmp_path / "run" / ".lock").exists()
+
+
+def test_a_run_folder_may_be_moved(rows, tmp_path, monkeypatch, capsys):
+    """Catches a result that only the folder it was made in can evaluate."""
+    for folder in ("work", "elsewhere"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    shutil.copy(rows, "rows.jsonl")
+    settings = tiny_recipe(Path("rows.jsonl"), Path("run"), max_steps=1, data={"valid": "rows.jsonl"})
+    assert train(settings, comm.solo(), Stop(), []) == 0
+    shutil.move("run", tmp_path / "elsewhere" / "run")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    capsys.readouterr()
+    assert main(["eval", "run"]) == 0
+    assert "eval/loss" in capsys.readouterr().out
