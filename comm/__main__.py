@@ -129,6 +129,7 @@ def _add_doctor(verbs: Any) -> None:
     doctor.add_argument("--hostfile", help="hosts as mlx.distributed_config writes them")
     doctor.add_argument("--python", default="python3", help="interpreter on other hosts")
     doctor.add_argument("--ssh", default=SSH, type=_command, help="command that reaches them")
+    doctor.add_argument("--cwd", default=os.getcwd(), help="folder that the job will start in")
 
 
 def _seconds(text: str) -> float:

@@ -6,7 +6,6 @@ Each line says pass, warn or fail, and what to do. The judging is a pure functio
 
 import argparse
 import json
-import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from comm.hostfile import Host, HostList, read_hostfile
-from comm.job import ssh_words
+from comm.job import remote_line, ssh_words
 from comm.launch import agent_environment
 from comm.probe import GREETING
 
@@ -37,21 +36,22 @@ def main(options: argparse.Namespace) -> int:
         print("\n".join(f"fail  {line}" for line in str(error).splitlines()))
         return 2
     hosts = hosts or HostList((Host("127.0.0.1"),))
-    reports = {host.ssh: ask(host, options.ssh, options.python, hosts) for host in hosts.hosts}
+    reports = {host.ssh: ask(host, hosts, options) for host in hosts.hosts}
     findings = judge(hosts, reports)
     for finding in findings:
         print(f"{finding.level:<5} {finding.text}")
     return int(any(finding.level == "fail" for finding in findings))
 
 
-def ask(host: Host, ssh: str, python: str, hosts: HostList) -> dict[str, Any] | str:
-    """The report of one host, or why there is none."""
+def ask(host: Host, hosts: HostList, options: argparse.Namespace) -> dict[str, Any] | str:
+    """The report of one host, or why there is none; the way there and the interpreter are those of a job."""
     command = ["-m", "comm.probe", *host.ips]
     if host.is_local:
         command = [sys.executable, *command]
     else:
         variables = [f"{name}={value}" for name, value in hosts.variables]
-        command = [*ssh_words(ssh, SSH_SECONDS), host.ssh, shlex.join(["env", *variables, python, *command])]
+        line = remote_line(options.cwd, ["env", *variables, options.python, *command])
+        command = [*ssh_words(options.ssh, SSH_SECONDS), host.ssh, line]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=SSH_SECONDS,

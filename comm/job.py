@@ -92,6 +92,11 @@ def ssh_words(command: str, timeout_seconds: float) -> list[str]:
     return [*words, *(word for name, value in settings.items() for word in ("-o", f"{name}={value}"))]
 
 
+def remote_line(cwd: str, words: Sequence[str]) -> str:
+    """What a host's shell is to run: the words, in `cwd` where that exists there."""
+    return f"cd {shlex.quote(cwd)} 2>/dev/null; exec {shlex.join(words)}"
+
+
 def mpi_job(job: Job) -> Job:
     """The same job in the hands of `mpirun`, which the launcher then starts as its only rank.
 

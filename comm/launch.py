@@ -12,7 +12,6 @@ import os
 import queue
 import re
 import secrets
-import shlex
 import signal
 import subprocess
 import sys
@@ -25,12 +24,13 @@ from typing import Any, BinaryIO
 
 from comm.agent import GREETING
 from comm.hostfile import Host
-from comm.job import Job, make_orders, ssh_words
+from comm.job import Job, make_orders, remote_line, ssh_words
 
 GRACE_SECONDS = 6.0  # for the watchdogs to name the missing rank, once one has failed
 STOP_SECONDS = 5.0  # from SIGTERM to SIGKILL, and from that to giving the host up
 LONGEST_LINE_BYTES = 1 << 16  # of what a rank prints; a longer one is passed on in pieces
 MPI_PREFIX = re.compile(rb"^(\[\d+\])<std(?:out|err)>: ?")
+SSH_ERROR = 255  # of ssh itself
 USER_ERROR = 2  # what the user wrote is wrong: starting again would not help
 
 
@@ -74,6 +74,7 @@ class Run:
         self._running = set(range(len(self._agents)))
         greetings = self._greetings()
         orders = make_orders(job, greetings, secrets.token_hex(32), attempt) if greetings else []
+        self._is_started = bool(orders)
         for rank, order in enumerate(orders):
             self._tell(rank, order | {"takes_input": takes_input and rank == 0})
         if takes_input and orders:
@@ -132,9 +133,12 @@ class Run:
 
     def _note_end(self, rank: int, code: int) -> None:
         self._running.discard(rank)
+        host = self.job.hosts.hosts[rank]
+        if code == SSH_ERROR and self._is_started and not host.is_local:
+            _say(f"rank {rank}: the connection to {host.ssh} is lost")
         if code and not self._code:
             self._code = code
-            _say(f"rank {rank} ({self.job.hosts.hosts[rank].ssh}) ended with {code}")
+            _say(f"rank {rank} ({host.ssh}) ended with {code}")
             self._due = [
                 _Due(GRACE_SECONDS, lambda: self._signal_all(signal.SIGTERM)),
                 _Due(STOP_SECONDS, lambda: self._signal_all(signal.SIGKILL)),
@@ -180,9 +184,8 @@ class Run:
             # Without site-packages, which an agent does not need, it starts a third sooner.
             command = [sys.executable, "-S", "-m", "comm.agent"]
         else:
-            folder = shlex.quote(self.job.cwd)
-            remote = f"cd {folder} 2>/dev/null; exec {shlex.quote(self.job.python)} -m comm.agent"
-            command = [*ssh_words(self.job.ssh, self.job.timeout_seconds), host.ssh, remote]
+            line = remote_line(self.job.cwd, [self.job.python, "-m", "comm.agent"])
+            command = [*ssh_words(self.job.ssh, self.job.timeout_seconds), host.ssh, line]
         pipe = subprocess.PIPE
         # A session of its own: Ctrl-C in the terminal reaches the launcher alone, which passes
         # it on once.
