@@ -11,7 +11,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 
 import comm
-from parallel.wrapper import Wrapper, without_gradient
+from parallel.wrapper import Wrapper
 
 
 class DataParallel(Wrapper):
@@ -51,12 +51,4 @@ class DataParallel(Wrapper):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the module itself; with several ranks, its gradient exists in `parallel.value_and_grad` only."""
-        outputs = super().__call__(*args, **kwargs)
-        state = self.parallel_state
-        if state.in_step or state.groups["dp_replicate"].size == 1:
-            return outputs
-        reason = (
-            "nn.value_and_grad on a DataParallel model gives the gradients of this rank's rows only, and the ranks would "
-            "drift apart; train with parallel.value_and_grad."
-        )
-        return tree_map(lambda output: without_gradient(output, [], reason), outputs)
+        return self.parallel_state.guarded(super().__call__(*args, **kwargs))

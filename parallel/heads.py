@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 import comm
+from parallel.wrapper import parallel_state
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,6 @@ def hidden_and_head(model: nn.Module, tokens: mx.array, segments: mx.array | Non
     if head is None:
         return (model(tokens) if cache is None else model(tokens, cache=cache)), Head(None)
     core = text_model(model).model
-    hidden = core(tokens) if cache is None else core(tokens, cache)
+    hidden = parallel_state(model).guarded(core(tokens) if cache is None else core(tokens, cache))
     # Only now: a head whose weights are divided for storage gathers them for its copy.
     return hidden, replace(head, module=head.module.whole()) if hasattr(head.module, "whole") else head
