@@ -18,7 +18,14 @@ from dataclasses import dataclass
 
 from trainer.blas import load_fast_blas
 from trainer.device_errors import translated
-from trainer.problems import USER_ERRORS, AgreedError, RecipeError, listing, nearest, sentence
+from trainer.problems import (
+    USER_ERRORS,
+    AgreedError,
+    RecipeError,
+    listing,
+    nearest,
+    sentence,
+)
 from trainer.shipped import recipes_folder
 from trainer.streams import turn_off_stdout
 from trainer.verbs import VERBS

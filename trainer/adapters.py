@@ -70,9 +70,11 @@ def read_adapter(folder: str, model: nn.Module, dropout: float) -> Adapter:
     if not (path / "adapter_config.json").is_file():
         raise ValueError(f"lora.init_from={folder!r} has no adapter_config.json; give an mlx-lm or PEFT adapter folder.")
     config = read_json(path / "adapter_config.json")
+    if not isinstance(config, dict):
+        raise ValueError(f"lora.init_from={folder!r}: adapter_config.json must hold an object.")
     modules = dict(model.named_modules())
     if (path / "adapters.safetensors").is_file():
-        adapter = _from_mlx_lm(config, read_tensor_file(path / "adapters.safetensors"), dropout)
+        adapter = _from_mlx_lm(folder, config, read_tensor_file(path / "adapters.safetensors"), dropout)
     elif (path / "adapter_model.safetensors").is_file():
         stored = read_tensor_file(path / "adapter_model.safetensors")
         adapter = _from_peft(folder, config, stored, modules, dropout)
@@ -119,10 +121,21 @@ def misfits(
     return "; ".join(f"{what}: {', '.join(names)}" for what, names in lists.items() if names)
 
 
-def _from_mlx_lm(config: dict[str, Any], tensors: dict[str, mx.array], dropout: float) -> Adapter:
-    parameters = config["lora_parameters"]
+def _number(folder: str, settings: Any, key: str, kind: type) -> Any:
+    """A positive number of an adapter's settings."""
+    value = settings.get(key) if isinstance(settings, dict) else None
+    is_number = isinstance(value, (int, kind)) and not isinstance(value, bool)
+    if not is_number or not 0 < value < float("inf"):
+        what = "whole number" if kind is int else "number"
+        raise ValueError(f"lora.init_from={folder!r}: adapter_config.json says {key}={value!r}; it must be a {what} above 0.")
+    return kind(value)
+
+
+def _from_mlx_lm(folder: str, config: dict[str, Any], tensors: dict[str, mx.array], dropout: float) -> Adapter:
+    parameters = config.get("lora_parameters")
+    rank, scale = _number(folder, parameters, "rank", int), _number(folder, parameters, "scale", float)
     paths = tuple(sorted({name.rsplit(".", 1)[0] for name in tensors if is_adapter(name)}))
-    spec = LoRASpec(paths, parameters["rank"], float(parameters["scale"]), dropout, config.get("fine_tune_type", "lora"))
+    spec = LoRASpec(paths, rank, scale, dropout, config.get("fine_tune_type", "lora"))
     return Adapter(spec, tensors)
 
 
@@ -140,7 +153,7 @@ def _from_peft(
         if path is None:
             raise ValueError(f"lora.init_from={folder!r}: {name} adapts a module that this model does not have.")
         tensors[f"{path}.{slot}"] = value.T if slot != "m" else value.reshape(-1)
-    rank, alpha = config["r"], config["lora_alpha"]
+    rank, alpha = _number(folder, config, "r", int), _number(folder, config, "lora_alpha", float)
     scale = alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
     paths = tuple(sorted({name.rsplit(".", 1)[0] for name in tensors}))
     return Adapter(LoRASpec(paths, rank, scale, dropout, "dora" if config.get("use_dora") else "lora"), tensors)

@@ -17,7 +17,7 @@ from typing import Any
 from trainer.build import Parts
 from trainer.machine import machine_facts
 from trainer.metrics import Row, Sample
-from trainer.storage import atomic_file, write_json
+from trainer.storage import atomic_file, read_json, write_json
 
 BASELINE_FILE = "baseline.json"
 
@@ -103,7 +103,7 @@ class BaselineSink:
 
 def _entries(output_dir: Path) -> dict[str, Any]:
     try:
-        entries = json.loads((output_dir / BASELINE_FILE).read_text())
+        entries = read_json(output_dir / BASELINE_FILE)
     except (OSError, ValueError):
         return {}
     return entries if isinstance(entries, dict) else {}

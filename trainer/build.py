@@ -17,17 +17,38 @@ from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import comm
-from parallel import DataParallel, FullyShardedDataParallel, PipelineParallel, TensorParallel, value_and_grad
+from parallel import (
+    DataParallel,
+    FullyShardedDataParallel,
+    PipelineParallel,
+    TensorParallel,
+    value_and_grad,
+)
 from parallel.resolve import check_plan, plan_for
 from parallel.row_threads import RowThreads
 from trainer.adapters import load_into, read_adapter
 from trainer.agreement import together
 from trainer.batches import Share, TrainingBatches
 from trainer.config import ModelConfig, ParallelConfig, Recipe
-from trainer.data import PlannedBatch, Splits, TokenizedRows, bucket_lengths, corpus, load_splits, plan_epoch, plan_packed
+from trainer.data import (
+    PlannedBatch,
+    Splits,
+    TokenizedRows,
+    bucket_lengths,
+    corpus,
+    load_splits,
+    plan_epoch,
+    plan_packed,
+)
 from trainer.evaluation import Evaluator
 from trainer.flops import token_flops
-from trainer.loading import BaseModel, materialize, num_embeddings, open_model, open_tokenizer
+from trainer.loading import (
+    BaseModel,
+    materialize,
+    num_embeddings,
+    open_model,
+    open_tokenizer,
+)
 from trainer.lora import DropoutKeys, LoRASpec, attach, find_targets, limits_on_experts
 from trainer.loss import TokenLoss
 from trainer.machine import row_threads

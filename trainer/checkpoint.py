@@ -7,7 +7,6 @@ A checkpoint is written as ``step-0000100.tmp``, flushed, and renamed; ``manifes
 size. What a run needs beside tensors goes into ``state.json``; its meaning is the training loop's business.
 """
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ from trainer.storage import (
     atomic_folder,
     explain,
     file_record,
+    read_json,
     remove,
     write_json,
 )
@@ -59,7 +59,7 @@ class Checkpoint:
             KeyError: The checkpoint has no set of that name.
         """
         pattern = re.compile(rf"{re.escape(name)}(-\d{{5}}-of-\d{{5}})?\.safetensors")
-        shards = [path for path in sorted(self.path.iterdir()) if pattern.fullmatch(path.name)]
+        shards = [self.path / file for file in sorted(_manifest(self.path)) if pattern.fullmatch(file)]
         if not shards:
             raise KeyError(f"{self.path} holds no tensors called {name!r}.")
         return {key: tensor for shard in shards for key, tensor in mx.load(str(shard)).items()}
@@ -154,7 +154,7 @@ class CheckpointFolder:
         found = []
         for path in self._folders():
             try:
-                found.append(json.loads((path / STATE_FILE).read_text())["state"])
+                found.append(read_json(path / STATE_FILE)["state"])
             except (OSError, ValueError, KeyError, TypeError):
                 continue
         return found
@@ -250,8 +250,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
             )
         if found != written:
             raise CheckpointError(f"Checkpoint {path} was changed: the content of {name} is not what was written.")
-    saved = json.loads((path / STATE_FILE).read_text())
-    return Checkpoint(path, saved["step"], saved["state"])
+    try:
+        saved = read_json(path / STATE_FILE)
+        return Checkpoint(path, int(saved["step"]), dict(saved["state"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"Checkpoint {path} was changed: {STATE_FILE} is not as written.") from error
 
 
 def _write_state(folder: Path, step: int, state: dict, records: dict[str, FileRecord]) -> None:
@@ -262,7 +265,7 @@ def _write_state(folder: Path, step: int, state: dict, records: dict[str, FileRe
 
 def _manifest(path: Path) -> dict[str, FileRecord]:
     try:
-        manifest = json.loads((path / MANIFEST_FILE).read_text())
+        manifest = read_json(path / MANIFEST_FILE)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is not a whole checkpoint: it has no {MANIFEST_FILE}.") from None
     except (OSError, ValueError):

@@ -8,6 +8,7 @@ end the process instead, and no Python sees them.
 from __future__ import annotations
 
 import argparse
+import traceback
 from pathlib import Path
 
 from trainer.config import Recipe
@@ -30,6 +31,10 @@ class DeviceMemoryError(ValueError):
     """The recipe needs more memory than there is; the text names the next setting to change."""
 
 
+class ArchitectureError(ValueError):
+    """mlx-lm's code of an architecture does not take the values of a config, or cannot be differentiated."""
+
+
 class DeviceTimeoutError(OSError):
     """The GPU's work was ended because it took or waited too long."""
 
@@ -41,6 +46,13 @@ def translated(error: Exception, arguments: argparse.Namespace) -> Exception:
         error: anything that a verb raised.
         arguments: of the verb; the recipe they name decides what to change next.
     """
+    if module := _architecture_of(error):
+        return ArchitectureError(
+            f"The architecture's own code ({module}) fails with this model and recipe: {type(error).__name__}: {error}"
+        )
+    if "[Primitive::vjp]" in str(error):
+        operation = str(error).rpartition(" ")[2].rstrip(".")
+        return ArchitectureError(f"This architecture cannot be trained: MLX has no gradient of its operation {operation}.")
     if not isinstance(error, (RuntimeError, MemoryError)):
         return error
     text = f"{type(error).__name__}: {error}" if isinstance(error, MemoryError) else str(error)
@@ -61,6 +73,14 @@ def translated(error: Exception, arguments: argparse.Namespace) -> Exception:
             "rank waited for a late one; start again, the run goes on from its last checkpoint (--max-restarts)."
         )
     return error
+
+
+def _architecture_of(error: Exception) -> str:
+    """The module of mlx-lm's architectures in which an error was raised, or for which MLX has no gradient; else empty."""
+    frames = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    if frames and "/mlx_lm/models/" in frames[-1]:
+        return f"mlx_lm.models.{Path(frames[-1]).stem}"
+    return ""
 
 
 def next_setting(recipe: Recipe | None) -> str:

@@ -22,7 +22,13 @@ from trainer.build import prepare_method
 from trainer.card import model_card
 from trainer.config import Recipe
 from trainer.data import corpus
-from trainer.loading import BaseModel, materialize, open_model, open_tokenizer, source_folder
+from trainer.loading import (
+    BaseModel,
+    materialize,
+    open_model,
+    open_tokenizer,
+    source_folder,
+)
 from trainer.lora import DropoutKeys, LoRASpec
 from trainer.output import write_model
 from trainer.peft import TEXT_CLASS_TYPES, adapter_config, adapter_tensors

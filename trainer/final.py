@@ -7,7 +7,6 @@
 away when a run trains on.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,9 +19,15 @@ from trainer.agreement import together
 from trainer.build import Parts
 from trainer.checkpoint import Checkpoint, CheckpointError, CheckpointFolder
 from trainer.loading import source_folder
-from trainer.output import ADAPTERS_FILE, RESULT_FILE, adapter_config, write_adapters, write_model
+from trainer.output import (
+    ADAPTERS_FILE,
+    RESULT_FILE,
+    adapter_config,
+    write_adapters,
+    write_model,
+)
 from trainer.progress import Progress
-from trainer.storage import atomic_file, explain, write_json
+from trainer.storage import atomic_file, explain, read_json, write_json
 
 Notice = Callable[[str], None]
 
@@ -38,7 +43,7 @@ def is_written(parts: Parts, progress: Progress) -> bool:
     written = None
     if parts.world.rank == 0 and result_path(parts).exists():
         try:
-            facts = json.loads((Path(parts.recipe.output_dir) / RESULT_FILE).read_text())
+            facts = read_json(Path(parts.recipe.output_dir) / RESULT_FILE)
             written = [facts.get("run", 0), facts["step"]]
         except (FileNotFoundError, ValueError, KeyError, AttributeError):
             written = None

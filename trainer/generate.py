@@ -19,6 +19,7 @@ from trainer.build import Parts, build
 from trainer.data import training_format
 from trainer.problems import AgreedUserError
 from trainer.result import load_result, notice_on_stderr, shared_recipe
+from trainer.streams import harmless
 
 END = "/exit"  # Open MPI 5's mpirun hands rank 0 its input but not the end of it (openpmix #4024)
 
@@ -58,8 +59,8 @@ def _compare_rows(parts: Parts, arguments: argparse.Namespace) -> None:
     if parts.world.rank != 0:
         return
     for base, tuned in zip(before, after):
-        print(f"prompt    {tuned.prompt}\nexpected  {tuned.expected}\nbase      {base.given.strip()}")
-        print(f"tuned     {tuned.given.strip()}\n")
+        print(harmless(f"prompt    {tuned.prompt}\nexpected  {tuned.expected}\nbase      {base.given.strip()}"))
+        print(harmless(f"tuned     {tuned.given.strip()}\n"))
 
 
 def _chat(parts: Parts, temperature: float) -> int:
@@ -107,7 +108,7 @@ def _answer(parts: Parts, messages: list[dict[str, str]], temperature: float) ->
     for response in stream_generate(parts.model, tokenizer, prompt, max_tokens=limit, sampler=sampler):
         text += response.text
         if parts.world.rank == 0:
-            print(response.text, end="", flush=True)
+            print(harmless(response.text), end="", flush=True)
     if parts.world.rank == 0:
         print()
     return text

@@ -12,7 +12,13 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 from mlx_lm import load
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import MODEL_REMAPPING, hf_repo_to_path, load_model, load_tokenizer, quantize_model
+from mlx_lm.utils import (
+    MODEL_REMAPPING,
+    hf_repo_to_path,
+    load_model,
+    load_tokenizer,
+    quantize_model,
+)
 
 from trainer.config import ModelConfig
 from trainer.data import build_tokenizer
@@ -24,8 +30,6 @@ DEFAULT_INITIALIZER_RANGE = 0.02
 VOCABULARY_STEP = 64
 # Text-only checkpoints of transformers whose model type mlx-lm knows under the whole family's name.
 TEXT_ONLY_TYPES = {"qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe"}
-
-
 @dataclass
 class BaseModel:
     """A model before anything is attached to it.
@@ -57,7 +61,7 @@ def open_tokenizer(config: ModelConfig, texts: Any) -> TokenizerWrapper:
         _check_folder(source)
     try:
         tokenizer = load_tokenizer(source, {"trust_remote_code": config.trust_remote_code})
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # other packages read the user's files here, and fail in many ways
         raise ValueError(f"model: no tokenizer can be read from {source!r}: {_reason(error, source)}") from error
     # Where its files are missing, transformers makes one that knows its special tokens only.
     if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):
@@ -116,7 +120,7 @@ def _read_model(config: ModelConfig) -> BaseModel:
     except RuntimeError as error:  # MLX's word for a file that it cannot read
         reason = f"{_reason(error, config.path)}. A torn download, or a Git LFS pointer without its content"
         raise ValueError(f"model.path={config.path!r} cannot be opened: {reason}: download it again.") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # other packages read the user's files here, and fail in many ways
         raise ValueError(f"model.path={config.path!r} cannot be opened: {_reason(error, config.path)}") from error
 
 
@@ -130,7 +134,7 @@ def _random_model(config: dict[str, Any], vocab_size: int, seed: int) -> BaseMod
     model_class, args_class = _model_classes(config)
     try:
         model = model_class(args_class.from_dict(config))
-    except (TypeError, KeyError, ValueError) as error:
+    except Exception as error:  # other packages read the user's files here, and fail in many ways
         raise ValueError(f"model.config does not describe a {config['model_type']} model: {error}") from error
     spread = target.get("initializer_range", DEFAULT_INITIALIZER_RANGE)
     matrices = [(n, p) for n, p in tree_flatten(model.parameters()) if p.ndim == 2]
@@ -153,6 +157,8 @@ def _model_classes(config: dict[str, Any]) -> tuple[Any, Any]:
 
 def _check_vocabulary(base: BaseModel, vocab_size: int) -> None:
     described = base.config.get("text_config", base.config).get("vocab_size", vocab_size)
+    if not isinstance(described, int):
+        raise ValueError(f"The model's config says vocab_size={described!r}; it must be a whole number.")
     if described < vocab_size:
         raise ValueError(f"The tokenizer has {vocab_size} tokens, but the model's vocabulary only {described}.")
 
@@ -182,14 +188,18 @@ def _cast(model: nn.Module, dtype: mx.Dtype) -> None:
 
 
 def _check_folder(path: str) -> None:
-    """Refuse a local path that is no model folder."""
+    """Refuse a local path that is no model folder, or whose config cannot be read."""
     if Path(path).exists() and not Path(path, "config.json").is_file():
         raise ValueError(f"model.path={path!r} has no config.json; give a model folder or a Hugging Face repo.")
+    if Path(path).exists() and not isinstance(read_json(Path(path, "config.json")), dict):
+        raise ValueError(f"{path}/config.json must hold an object.")
 
 
 def _reason(error: Exception, source: str) -> str:
     """An error's first line; for a repository, what to do without network."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
+    # Some say only in their second line what is wrong.
+    first = " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
     if is_local(source):
-        return lines[0]
-    return f"{lines[0].rstrip('.')}. Without network, download it elsewhere (hf download {source}) and give the folder."
+        return first
+    return f"{first.rstrip('.')}. Without network, download it elsewhere (hf download {source}) and give the folder."

@@ -252,9 +252,9 @@ def read_rows(path: Path) -> list[dict]:
         for line in path.read_bytes().split(b"\n"):
             try:
                 row = json.loads(line)
-            except ValueError:  # an undecodable character included
+            except (ValueError, RecursionError):  # an undecodable character included
                 break
-            if not isinstance(row, dict) or STEP_KEY not in row:
+            if not isinstance(row, dict) or not isinstance(row.get(STEP_KEY), int):
                 break
             rows.append(row)
     return rows

@@ -95,7 +95,7 @@ def show(value: Any) -> str:
     """A value as one would write it in YAML, cut to one short line."""
     words = {None: "null", True: "true", False: "false"}
     text = words[value] if value is None or isinstance(value, bool) else str(value)
-    text = " ".join(text.split()) or "''"
+    text = "".join(c if c.isprintable() else "·" for c in " ".join(text.split())) or "''"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

@@ -13,10 +13,19 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from trainer.charts import PALETTE, Point, Series, line_chart, number, smooth, stacked_bars
+from trainer.charts import (
+    PALETTE,
+    Point,
+    Series,
+    line_chart,
+    number,
+    smooth,
+    stacked_bars,
+)
 from trainer.metrics import STEP_KEY, read_rows
 from trainer.recipe import flattened
 from trainer.report_page import chart_card, folded, page, section, table
+from trainer.storage import read_json
 
 PER_DEVICE = "throughput/tokens_per_sec_per_device"
 # title, row key, from zero, logarithmic where spread wide
@@ -129,7 +138,7 @@ def read_run(folder: Path, name: str, color: str) -> RunFiles:
         rows=rows,
         samples=read_rows(folder / "samples.jsonl"),
         recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
-        machine=json.loads(machine.read_text(encoding="utf-8")) if machine.is_file() else {},
+        machine=read_json(machine) if machine.is_file() else {},
     )
 
 

@@ -14,10 +14,16 @@ from parallel.layout import model_layout, slice_tensors
 from trainer.adapters import misfits
 from trainer.agreement import broadcast_tensors, together
 from trainer.build import Notice
-from trainer.checkpoint import CheckpointError, CheckpointFolder, follow_best, open_checkpoint
+from trainer.checkpoint import (
+    CheckpointError,
+    CheckpointFolder,
+    follow_best,
+    open_checkpoint,
+)
 from trainer.config import Recipe
 from trainer.output import ADAPTER_CONFIG_FILE, ADAPTERS_FILE
 from trainer.recipe import load_recipe, recipe_from
+from trainer.storage import read_json
 from trainer.tensor_files import read_tensor_file
 
 
@@ -84,7 +90,9 @@ def load_result(parts: HasModel, target: str, notice: Notice) -> None:
     tensors = together(world, lambda: _read(_path(target), notice) if world.rank == 0 else None)
     known = dict(tree_flatten(parts.model.parameters()))
     _require_fit(parts, target, {name: list(value.shape) for name, value in (tensors or {}).items()})
-    loaded = slice_tensors(model_layout(parts.model), broadcast_tensors(world, tensors), known)
+    loaded = list(slice_tensors(model_layout(parts.model), broadcast_tensors(world, tensors), known))
+    if broken := [name for name, value in loaded if not mx.isfinite(value).all().item()]:
+        notice(f"{target} holds numbers that are not finite: {', '.join(broken[:3])}{' ...' if len(broken) > 3 else ''}")
     parts.model.update(tree_unflatten([(name, value.astype(known[name].dtype)) for name, value in loaded]))
 
 
@@ -116,13 +124,24 @@ def _read(path: Path, notice: Notice) -> dict[str, mx.array]:
     if (path / ADAPTERS_FILE).is_file():
         return read_tensor_file(path / ADAPTERS_FILE)
     if (path / "model").is_dir():
-        shards = sorted((path / "model").glob("model*.safetensors"))
+        shards = _shards(path / "model")
         return {name: value for shard in shards for name, value in read_tensor_file(shard).items()}
     newest = CheckpointFolder(path / "checkpoints", None).newest(notice)
     if newest is None:
         raise ValueError(f"{str(path)!r} holds no result and no whole checkpoint yet.")
     notice(f"{path} has no final result; using its checkpoint of step {newest.step}.")
     return newest.tensors("weights")
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The model's files: those that its index names, where there is one."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return [folder / "model.safetensors"]
+    try:
+        return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(f"{index} names no files.") from None
 
 
 def _checkpoint(path: Path) -> dict[str, mx.array]:

@@ -4,7 +4,6 @@ Rank 0 holds the files: it chooses the checkpoint and sends the state. A checkpo
 method, seed, batch or base weights is refused; other changes of the recipe go on with a notice.
 """
 
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,7 +24,7 @@ from trainer.output import RESULT_FILE
 from trainer.progress import WATCHDOG_ROWS, Progress
 from trainer.recipe import flattened
 from trainer.rules import resolve_batch
-from trainer.storage import atomic_file, write_json
+from trainer.storage import atomic_file, read_json, write_json
 from trainer.weights_digest import weights_digest
 
 FREE_SECTIONS = ("optimizer", "schedule", "epochs", "max_steps", "max_grad_norm", "gradient_checkpointing")
@@ -107,7 +106,7 @@ def _own(folder: CheckpointFolder, notice: Notice) -> Checkpoint | None:
     """What a run that the launcher restarted has saved itself, beside what earlier runs left in the folder."""
     assert folder.folder is not None, "only a rank with a disk reads"
     try:
-        number = json.loads((folder.folder.parent / RUN_FILE).read_text())
+        number = read_json(folder.folder.parent / RUN_FILE)
     except (OSError, ValueError):
         return None  # it failed before it knew its number
     return folder.newest(notice, lambda state: _run_of(state) == number)
@@ -129,8 +128,8 @@ def _run_number(folder: CheckpointFolder, checkpoint: Checkpoint | None) -> int:
         return _run_of(checkpoint.state)
     earlier = [_run_of(state) for state in folder.states()]
     try:
-        earlier.append(json.loads((folder.folder.parent / RESULT_FILE).read_text()).get("run", 0))
-    except (OSError, ValueError, AttributeError):
+        earlier.append(int(read_json(folder.folder.parent / RESULT_FILE).get("run", 0)))
+    except (OSError, ValueError, TypeError, AttributeError):
         pass  # no result, or a torn one, which `is_written` does not take either
     return max(earlier, default=0) + 1
 

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from operator import attrgetter
 
 from trainer.config import ParallelConfig, Recipe
+from trainer.paths import named_paths
 from trainer.problems import Problem, RecipeError, listing, show
 
 AXES = ("dp_replicate", "dp_shard", "pp", "tp")
@@ -98,10 +99,23 @@ def resolve_batch(recipe: Recipe, dp: int) -> BatchSizes:
     wrong = f"not divisible by batch_size_per_device({per_device}) * {ranks} = {unit}"
     raise RecipeError([Problem("global_batch_size", wanted, wrong, allowed)])
 
+# Entries of a tokenizer that is built: the 256 bytes and two special tokens; and more than any has.
+SMALLEST_VOCABULARY, LARGEST_VOCABULARY = 258, 1 << 20
+
 
 def check(recipe: Recipe) -> list[Problem]:
     """Combinations that cannot run, whatever the number of ranks."""
-    return [*_check_model(recipe), *_check_data(recipe), *_check_sizes(recipe), *_check_mesh(recipe)]
+    return [*_check_paths(recipe), *_check_model(recipe), *_check_data(recipe), *_check_sizes(recipe), *_check_mesh(recipe)]
+
+
+def _is_vocabulary_size(text: str) -> bool:
+    return text.isdecimal() and len(text) <= 7 and SMALLEST_VOCABULARY <= int(text) <= LARGEST_VOCABULARY
+
+
+def _check_paths(recipe: Recipe) -> Iterator[Problem]:
+    for key, path in [*named_paths(recipe), ("output_dir", recipe.output_dir)]:
+        if "\0" in path or any(len(part.encode(errors="replace")) > 255 for part in path.split("/")) or len(path) > 4000:
+            yield Problem(key, path, "no path of a file system", "names of at most 255 bytes, without NUL")
 
 
 def _check_model(recipe: Recipe) -> Iterator[Problem]:
@@ -131,8 +145,9 @@ def _check_model(recipe: Recipe) -> Iterator[Problem]:
             "null",
             about=("model", "model.path"),
         )
-    elif (model.tokenizer or "").startswith("bpe:") and not model.tokenizer[4:].isdigit():
-        yield Problem("model.tokenizer", model.tokenizer, "no vocabulary size", "bpe:SIZE, such as bpe:1024")
+    elif (model.tokenizer or "").startswith("bpe:") and not _is_vocabulary_size(model.tokenizer[4:]):
+        allowed = f"bpe:SIZE, such as bpe:1024, of {SMALLEST_VOCABULARY} to {LARGEST_VOCABULARY}"
+        yield Problem("model.tokenizer", model.tokenizer, "no vocabulary size", allowed)
     if model.quantize is not None and recipe.method == "full":
         yield Problem(
             "model.quantize",

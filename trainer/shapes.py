@@ -80,7 +80,10 @@ def planned_model(recipe: Recipe) -> PlannedModel:
             "model.dtype: auto is counted as bfloat16, as on a GPU; a CPU would take float32, and rows in slices"
         )
     base = open_shapes(settings, _vocabulary(recipe.model, text_config), recipe.seed)
-    notices += _quantize(base, recipe.model)
+    try:
+        notices += _quantize(base, recipe.model)
+    except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"The model's quantization cannot be understood: {type(error).__name__}: {error}") from error
     is_packed = recipe.data.packing is not False and packing_supported(base.model) is None
     keys = DropoutKeys()
     prepare_model(recipe, base, keys)
@@ -116,7 +119,11 @@ def read_config(path: str) -> dict[str, Any]:
     file = folder / "config.json"
     if not folder.exists():
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+        from huggingface_hub.errors import (
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+        )
 
         try:
             file = Path(hf_hub_download(path, "config.json"))
@@ -127,7 +134,10 @@ def read_config(path: str) -> dict[str, Any]:
             ) from error
     if not file.is_file():
         raise ValueError(f"model.path={path!r} has no config.json.")
-    return read_json(file)
+    config = read_json(file)
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} must hold an object.")
+    return config
 
 
 def _vocabulary(model: ModelConfig, text_config: dict[str, Any]) -> int:

@@ -39,11 +39,11 @@ def read_json(path: Path) -> Any:
     """What a JSON file holds.
 
     Raises:
-        ValueError: It is torn or not JSON; names the file.
+        ValueError: It is torn, not JSON, or nested too deeply; names the file.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}.") from error
 
 
@@ -88,6 +88,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 def atomic_file(target: Path) -> Iterator[Path]:
     """A file that appears under its name only when it is complete. Yields ``<target>.tmp``, to be written."""
     tmp = target.with_name(target.name + TMP_SUFFIX)
+    tmp.unlink(missing_ok=True)  # a left-over, or a link that leads elsewhere
     try:
         yield tmp
         with open(tmp, "rb") as file:

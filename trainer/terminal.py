@@ -14,7 +14,7 @@ from rich.table import Column
 from rich.text import Text
 
 from trainer.metrics import STEP_KEY, Row, Sample
-from trainer.streams import turn_off_stdout
+from trainer.streams import harmless, turn_off_stdout
 
 NUM_SAMPLES_SHOWN = 3
 # Row key -> how it reads, in the order shown.
@@ -166,8 +166,7 @@ class TerminalSink:
 
 def _one_line(text: str | None) -> str:
     """Whitespace runs as one blank; characters that would steer the terminal as dots."""
-    line = " ".join((text or "").split())
-    return "".join(character if character.isprintable() else "·" for character in line)
+    return harmless(" ".join((text or "").split()))
 
 
 def _words(row: Row, words: dict[str, str]) -> str:

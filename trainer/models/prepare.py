@@ -21,7 +21,13 @@ from trainer.models import elementwise
 from trainer.models.attention import blockwise_attention
 from trainer.models.causal_conv import causal_conv
 from trainer.models.gated_delta import gated_delta_update
-from trainer.models.segments import AttentionSegments, StateSegments, TrainingMask, packing_supported, segment_caches
+from trainer.models.segments import (
+    AttentionSegments,
+    StateSegments,
+    TrainingMask,
+    packing_supported,
+    segment_caches,
+)
 
 UPSTREAM = "mlx_lm.models."
 
