@@ -252,7 +252,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
             raise CheckpointError(f"Checkpoint {path} was changed: the content of {name} is not what was written.")
     try:
         saved = read_json(path / STATE_FILE)
-        return Checkpoint(path, int(saved["step"]), dict(saved["state"]))
+        return Checkpoint(path, int(saved["step"]), {**saved["state"]})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"Checkpoint {path} was changed: {STATE_FILE} is not as written.") from error
 

@@ -97,9 +97,16 @@ def find(recipe: Recipe, folder: CheckpointFolder, world: comm.Group, notice: No
         except CheckpointError as error:
             raise ValueError(f"checkpoint.resume: {error}") from error
 
-    checkpoint = together(world, look)
+    checkpoint = together(world, lambda: _of_a_run(look()))
     run = together(world, lambda: _number(folder, checkpoint) if world.rank == 0 else 0)
     return Found(checkpoint, *comm.broadcast_object([checkpoint.state if checkpoint else None, run], world))
+
+
+def _of_a_run(checkpoint: Checkpoint | None) -> Checkpoint | None:
+    """The checkpoint, if a run has written it and not another program."""
+    if checkpoint is not None and not ("identity" in checkpoint.state and isinstance(checkpoint.state.get("progress"), dict)):
+        raise ValueError(f"{checkpoint.path} holds no state of a run; use another output_dir, or checkpoint.resume=none.")
+    return checkpoint
 
 
 def _own(folder: CheckpointFolder, notice: Notice) -> Checkpoint | None:
@@ -135,7 +142,8 @@ def _run_number(folder: CheckpointFolder, checkpoint: Checkpoint | None) -> int:
 
 
 def _run_of(state: dict[str, Any]) -> int:
-    return state["progress"].get("run", 0)
+    progress = state.get("progress")
+    return progress.get("run", 0) if isinstance(progress, dict) else 0
 
 
 def keep_global_batch(recipe: Recipe, found: Found, dp: int) -> tuple[Recipe, int]:

@@ -13,6 +13,7 @@ import pytest
 from ranks import run_ranks
 
 from trainer.__main__ import main
+from trainer.streams import harmless
 
 DATA = Path(__file__).parents[1] / "reference" / "data"
 TORN = b"{\"torn\":"
@@ -220,3 +221,35 @@ def test_one_rank_without_the_recipe_is_named(tmp_path: Path, recipe: str) -> No
     ranks = run_ranks(RANK, 2, args=[recipe, str(tmp_path / "other.yaml")], check=False)
     assert [rank.returncode for rank in ranks] == [2, 2], ranks
     assert "rank 1 on " in ranks[0].stderr and "There is no recipe" in ranks[0].stderr, ranks[0].stderr
+
+
+def test_a_tokenizer_of_another_model(tmp_path: Path, recipe: str, capsys, monkeypatch) -> None:
+    """Catches a token id that reads beyond the embedding's memory, where the config says more than the weights have."""
+    monkeypatch.setenv("MLX_TRAINER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("trainer.build.num_embeddings", lambda model: 3)
+    assert main([recipe]) == 2
+    assert "the tokenizer does not belong to this model" in capsys.readouterr().err
+
+
+RESULTS = {"a list": "[]", "null": "null", "other keys": "{}", "words": '{"run": "x", "step": "y"}', "nested": "[" * 100_000}
+
+
+@pytest.mark.parametrize("case", RESULTS)
+def test_a_result_of_another_shape(tmp_path: Path, recipe: str, capsys, monkeypatch, case: str) -> None:
+    """Catches a traceback for a result file that somebody has changed; the run has ended and writes it anew."""
+    monkeypatch.setenv("MLX_TRAINER_CACHE", str(tmp_path / "cache"))
+    assert main([recipe, "max_steps=1"]) == 0
+    result = tmp_path / "output" / "result.json"
+    written = result.read_text()
+    result.write_text(RESULTS[case])
+    for name in ("samples.jsonl", "metrics.jsonl"):
+        with open(tmp_path / "output" / name, "a", encoding="utf-8") as file:
+            file.write(RESULTS[case] + "\n")
+    assert main([recipe, "max_steps=1"]) == 0
+    assert main(["report", f"{tmp_path}/output", "--out", f"{tmp_path}/report.html"]) == 0
+    assert result.read_text() == written and "Traceback" not in capsys.readouterr().err
+
+
+def test_answers_cannot_steer_the_terminal() -> None:
+    """Catches escape sequences of a row or an answer that move the cursor or rename the window."""
+    assert harmless("a\x1b]0;owned\x07\n\tb\u202e") == "a·]0;owned·\n\tb·"
