@@ -2,9 +2,22 @@
 
 import json
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from trainer.__main__ import main
+
+
+@contextmanager
+def kept_signals() -> Iterator[None]:
+    """A run takes over Ctrl-C; afterwards the tests' own handlers are back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def train_with_recipe(text: str, folder: Path) -> list[dict]:
@@ -18,12 +31,8 @@ def train_with_recipe(text: str, folder: Path) -> list[dict]:
         The rows of metrics.jsonl that hold a training loss, in order.
     """
     (folder / "recipe.yaml").write_text(text)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with kept_signals():
         code = main([str(folder / "recipe.yaml")])
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
     assert code == 0, f"the trainer left with exit code {code}"
     rows = map(json.loads, (folder / "output" / "metrics.jsonl").read_text().splitlines())
     return [row for row in rows if "train/loss" in row]

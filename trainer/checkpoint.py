@@ -154,7 +154,7 @@ class CheckpointFolder:
         found = []
         for path in self._folders():
             try:
-                found.append(read_json(path / STATE_FILE)["state"])
+                found.append({**read_json(path / STATE_FILE)["state"]})
             except (OSError, ValueError, KeyError, TypeError):
                 continue
         return found

@@ -128,7 +128,10 @@ def read_run(folder: Path, name: str, color: str) -> RunFiles:
     Raises:
         ValueError: It holds no metrics.
     """
-    rows = read_rows(folder / "metrics.jsonl")
+    rows = [
+        {key: value for key, value in row.items() if value is None or isinstance(value, (int, float))}
+        for row in read_rows(folder / "metrics.jsonl")
+    ]
     if not rows:
         raise ValueError(f"{str(folder)!r} holds no metrics.jsonl with rows; give the output_dir of a run.")
     recipe, machine = folder / "recipe.yaml", folder / "machine.json"
@@ -136,9 +139,20 @@ def read_run(folder: Path, name: str, color: str) -> RunFiles:
         name=name,
         color=color,
         rows=rows,
-        samples=read_rows(folder / "samples.jsonl"),
+        samples=[row for row in read_rows(folder / "samples.jsonl") if _has_answers(row)],
         recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
         machine=read_json(machine) if machine.is_file() else {},
+    )
+
+
+def _has_answers(row: dict) -> bool:
+    """Whether a row of samples.jsonl is as it was written: a file may have been edited."""
+    samples = row.get("samples")
+    return isinstance(samples, list) and all(
+        isinstance(sample, dict)
+        and all(isinstance(sample.get(key), str) for key in ("prompt", "generated"))
+        and isinstance(sample.get("expected", 0), (str, type(None)))
+        for sample in samples
     )
 
 
