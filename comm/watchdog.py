@@ -22,9 +22,9 @@ from typing import Any
 from comm.addresses import own_addresses
 from comm.cables import AnsweringPorts, silent_addresses
 from comm.control_port import ControlPort, Peer, listen, reach
+from comm.ending import GRACE_SECONDS, farewells, leave_after
 from comm.group import Group
 from comm.heartbeat import Channel, Malformed
-from comm.ending import GRACE_SECONDS, farewells, leave_after
 from comm.judging import Judge, RankStatus, rank_names
 from comm.objects import all_gather_object, broadcast_object
 from comm.progress import BY_PROCESSOR, Progress

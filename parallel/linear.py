@@ -22,8 +22,8 @@ from parallel.slicing import (
     copy_tree,
     dense_weight,
     extended_class,
-    slice_array,
     remember_whole,
+    slice_array,
     without_bias,
 )
 

@@ -19,7 +19,7 @@ from parallel.pipeline_step import PipelineStep
 from parallel.schedule import plan_actions
 from parallel.stage import Stage
 from parallel.stages import check_stages, choose_split, cut_model, own_caches
-from parallel.wrapper import Wrapper, without_gradient, parallel_state
+from parallel.wrapper import Wrapper, parallel_state, without_gradient
 
 
 class PipelineParallel(Wrapper):

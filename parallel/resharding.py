@@ -5,7 +5,7 @@ layer's call is one function with a gradient of its own, which runs the layer's 
 gathered again. For layers that are linear in `x` no forward result is needed, so nothing is computed twice.
 """
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
@@ -56,7 +56,7 @@ class ReshardedLeaf(nn.Module):
         return forward(x, *[self[name] for name in trained])
 
 
-@lru_cache(maxsize=None)
+@cache
 def resharded_class(cls: type) -> type:
     """`cls` with `ReshardedLeaf` in front of the layer's own class, behind the mixins of tensor parallelism."""
     mixins = cls.__bases__[:-1]

@@ -109,8 +109,7 @@ class RowThreads:
                     f"the batch's {num_rows} rows."
                 )
         step = max(1, self.slice_tokens // num_tokens)
-        rows = [slice(start, start + step) for start in range(0, num_rows, step)]
-        return [tree_map(lambda value: value[some] if hasattr(value, "shape") else value, batch) for some in rows]
+        return [_rows_of(batch, slice(start, start + step)) for start in range(0, num_rows, step)]
 
     def _sum_of(
         self, jobs: Sequence[tuple[int, Batch]], model: nn.Module, loss_and_grad: Callable, stop: threading.Event
@@ -137,6 +136,10 @@ class RowThreads:
                 # What a trace puts in their place belongs to this thread; after an error also that of frozen ones.
                 model.update(own)
             return add_sums(total, [loss, num_tokens, grads]), outputs
+
+
+def _rows_of(batch: Batch, rows: slice) -> Batch:
+    return tree_map(lambda value: value[rows] if hasattr(value, "shape") else value, batch)
 
 
 def _end_threads(pool: ThreadPoolExecutor, threads: list[threading.Thread]) -> None:

@@ -5,7 +5,7 @@ What `linear.py` and `vocab.py` are made of; nothing here communicates.
 
 import re
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -110,7 +110,7 @@ def copy_tree(module: nn.Module) -> nn.Module:
     return copy
 
 
-@lru_cache(maxsize=None)
+@cache
 def extended_class(mixin: type, base: type) -> type:
     """The class of a `base` that is a `mixin` first; the same class every time."""
     prefix = re.sub("(Linear|Embedding|Block|Module)$", "", mixin.__name__)

@@ -10,8 +10,8 @@ from mlx._distributed_utils.common import Hostfile
 
 import comm
 from comm.__main__ import main as command_line
-from comm.doctor import judge
 from comm.capabilities import missing_variables
+from comm.doctor import judge
 from comm.environment import ring_hosts
 from comm.hostfile import Host, HostList, read_hostfile
 from comm.job import Job, make_orders

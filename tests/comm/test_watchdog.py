@@ -127,7 +127,7 @@ def test_the_control_port_keeps_a_known_rank_and_few_strangers(num_idle: int) ->
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = ControlPort(listener, "secret", selectors.DefaultSelector(), 2)
         idle = []
-        for number in range(num_idle):
+        for _ in range(num_idle):
             idle.append(socket.create_connection(listener.getsockname()))
             port.accept()
             port.peers[0].rank = 1

@@ -7,10 +7,10 @@ from html import unescape
 from pathlib import Path
 
 import numpy as np
-from data_support import write_rows
 from rich.console import Console
 
 from comm import solo
+from data_support import write_rows
 from trainer.__main__ import main
 from trainer.build import open_parts
 from trainer.data_verb import LEARNED, OTHER, document_text, show

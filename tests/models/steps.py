@@ -4,8 +4,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from tiny import make
 
+from tiny import make
 from trainer.lora import DropoutKeys, LoRASpec, attach, find_targets
 from trainer.loss import TokenLoss
 from trainer.models.checkpointing import checkpoint_layers

@@ -2,11 +2,11 @@
 
 from types import SimpleNamespace
 
-import comm
 import mlx.nn as nn
-from tiny import make
 from mlx.utils import tree_flatten
 
+import comm
+from tiny import make
 from trainer.run import _num_elements
 
 

@@ -5,10 +5,10 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from tiny import make
 
 import comm
 from parallel import DataParallel, hidden_and_head, value_and_grad
+from tiny import make
 
 
 class Member:

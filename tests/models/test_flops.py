@@ -5,8 +5,8 @@ from math import prod
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
-from tiny import make
 
+from tiny import make
 from trainer.flops import peak_tflops, token_flops
 from trainer.lora import DropoutKeys, LoRASpec, attach, find_targets
 from trainer.traced_graph import trace

@@ -8,8 +8,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
-from tiny import CONFIGS, make
 
+from tiny import CONFIGS, make
 from trainer.lora import DropoutKeys, LoRASpec, attach, find_targets
 from trainer.loss import TokenLoss
 from trainer.models.lora_matmul import use_fast_lora

@@ -5,9 +5,9 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.lora import LoRALinear
+
 from test_prepare import assert_same, loss_and_grads
 from tiny import make
-
 from trainer.lora import DropoutKeys, LoRASpec, attach, find_targets
 from trainer.models.checkpointing import checkpoint_layers
 from trainer.models.lora_matmul import use_fast_lora

@@ -5,9 +5,9 @@ packing.
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+
 from test_prepare import assert_same, loss_and_grads
 from tiny import CONFIGS, make
-
 from trainer.models.prepare import prepare_for_training
 from trainer.models.segments import PACKING_PROVEN, packing_supported, segment_caches
 

@@ -7,8 +7,8 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models import gated_delta, gemma3_text
-from tiny import CONFIGS, make
 
+from tiny import CONFIGS, make
 from trainer.models import prepare
 from trainer.models.causal_conv import causal_conv
 from trainer.models.elementwise import exp, precise_swiglu, silu, swiglu

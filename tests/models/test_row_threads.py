@@ -11,11 +11,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from ranks import run_ranks
-from steps import CASES, FULL, Counted, assert_equal, batch_of, build
 
 import comm
 from parallel import DataParallel, RowThreads, TensorParallel, value_and_grad
+from ranks import run_ranks
+from steps import CASES, FULL, Counted, assert_equal, batch_of, build
 from trainer.machine import row_threads, usable_cores
 
 ROWS, LENGTH = 5, 48
@@ -179,7 +179,7 @@ def test_arrays_without_rows_are_refused(wrong):
 def test_numpy_and_nested_arrays_are_cut():
     """Catches slices that all get the rows of the whole batch."""
     model, loss = build("qwen3", "lora")
-    nested = lambda model, batch: loss(model, batch["inner"])  # noqa: E731
+    nested = lambda model, batch: loss(model, batch["inner"])
     batch = batch_of(0, LENGTH, ROWS)
     outer = {"tokens": np.array(batch["tokens"]), "inner": batch}
     assert_equal(

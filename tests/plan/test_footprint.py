@@ -2,10 +2,10 @@
 
 import mlx.core as mx
 import pytest
-from plan_measure import measure
-from test_placement import CONFIGS, QWEN3, make
 
 import comm
+from plan_measure import measure
+from test_placement import CONFIGS, QWEN3, make
 from trainer.footprint import Footprints
 from trainer.rules import MeshSizes
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from ranks import run_ranks
 
+from ranks import run_ranks
 from trainer.__main__ import main
 from trainer.streams import harmless
 

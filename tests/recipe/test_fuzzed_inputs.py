@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from comm.hostfile import read_hostfile
-from training import kept_signals
 from trainer.__main__ import main
+from training import kept_signals
 
 DATA = Path(__file__).parents[1] / "reference" / "data"
 NUM_EXAMPLES = int(os.environ.get("FUZZED_INPUTS", "1000"))

@@ -13,9 +13,9 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
-from tiny_recipes import run_apart, tiny_recipe, write_rows
 
 import comm
+from tiny_recipes import run_apart, tiny_recipe, write_rows
 from trainer import limits, run
 from trainer.baseline import read_baseline, write_baseline
 from trainer.checkpoint import open_checkpoint

@@ -2,9 +2,9 @@
 
 import mlx.core as mx
 import pytest
-from tiny_recipes import run_apart, tiny_recipe, write_rows
 
 import comm
+from tiny_recipes import run_apart, tiny_recipe, write_rows
 from trainer.metrics import read_rows
 from trainer.run import Stop, train
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import run_ranks
-from tiny_recipes import WORDS, tiny_recipe
 
 import comm
+from ranks import run_ranks
+from tiny_recipes import WORDS, tiny_recipe
 from trainer.__main__ import main
 from trainer.run import Stop, train
 

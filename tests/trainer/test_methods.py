@@ -8,9 +8,9 @@ import mlx_lm
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_adapters, load_model
-from tiny_recipes import MODELS, model_section, tiny_recipe, write_rows
 
 import comm
+from tiny_recipes import MODELS, model_section, tiny_recipe, write_rows
 from trainer.__main__ import main
 from trainer.build import build
 from trainer.metrics import read_rows

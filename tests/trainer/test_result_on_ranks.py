@@ -6,10 +6,10 @@ import subprocess
 import sys
 
 import pytest
-from ranks import ROOT
-from tiny_recipes import tiny_recipe, write_rows
 
 import comm
+from ranks import ROOT
+from tiny_recipes import tiny_recipe, write_rows
 from trainer.__main__ import main
 from trainer.generate import END, _typed_lines
 from trainer.run import Stop, train

@@ -5,9 +5,9 @@ import shutil
 from dataclasses import asdict
 
 import pytest
-from tiny_recipes import run_apart, tiny_recipe, write_rows
 
 import comm
+from tiny_recipes import run_apart, tiny_recipe, write_rows
 from trainer.metrics import read_rows
 from trainer.run import Stop, train
 from trainer.storage import file_record

@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_recipes import MODELS, run_apart, tiny_recipe, write_rows
 
 import comm
+from tiny_recipes import MODELS, run_apart, tiny_recipe, write_rows
 from trainer.__main__ import main
 from trainer.metrics import read_rows
 from trainer.recipe import to_yaml

@@ -133,7 +133,7 @@ class _Blocks:
             return self._forward(queries, keys, values)
 
         @run.vjp
-        def run_vjp(primals, cotangents, outputs):  # noqa: ANN001, ANN202
+        def run_vjp(primals, cotangents, outputs):
             return self._backward(*primals, cotangents[0], outputs[0], outputs[1], outputs[2:])
 
         return run

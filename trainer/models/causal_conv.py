@@ -31,7 +31,7 @@ def causal_conv(
         return sum(_kept(x[:, k : k + num_tokens], inside, k) * weight[:, k, 0] for k in range(taps))
 
     @run.vjp
-    def run_vjp(primals, dy, outputs):  # noqa: ANN001, ANN202
+    def run_vjp(primals, dy, outputs):
         x, weight = primals
         num_tokens, reach = dy.shape[1], taps - 1
         # Tap k of entry s went to token s - k: slices of one padded array, instead of one padded array per tap.

@@ -6,7 +6,7 @@ Exact as long as the layer is a function of its arguments, its parameters and wh
 objects are constants.
 """
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
@@ -36,9 +36,9 @@ def checkpoint_layers(layers: list[nn.Module], every: bool | int = True) -> None
         layer.__class__ = _checkpointed(type(layer))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _checkpointed(cls: type) -> type:
-    def call(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN001
+    def call(self, *args: Any, **kwargs: Any) -> Any:
         if not self.training:
             return cls.__call__(self, *args, **kwargs)
         parameters = tree_flatten(self.trainable_parameters())

@@ -74,7 +74,7 @@ def _silu() -> mx.custom_function:
         return _silu_forward(x)
 
     @run.vjp
-    def run_vjp(x, cotangents, outputs):  # noqa: ANN001, ANN202
+    def run_vjp(x, cotangents, outputs):
         return _silu_backward(x, outputs[1], cotangents[0])
 
     return run
@@ -86,7 +86,7 @@ def _swiglu() -> mx.custom_function:
         return _swiglu_forward(gate, x)
 
     @run.vjp
-    def run_vjp(primals, cotangents, outputs):  # noqa: ANN001, ANN202
+    def run_vjp(primals, cotangents, outputs):
         return _swiglu_backward(*primals, outputs[1], cotangents[0])
 
     return run

@@ -161,7 +161,7 @@ def _recurrence(
     """All chunks: y (B, Hk, R, N, C, Dv) and the last state (B, Hk, R, Dk, Dv)."""
 
     @mx.custom_function
-    def run(q, k, v, log_gate, beta, state):  # noqa: ANN001, ANN202
+    def run(q, k, v, log_gate, beta, state):
         q, k, v = _contiguous(q, k, v)
         chunks = _decay(q, k, log_gate, keep).chunks()
         writes, reads, _ = _writes(chunks, v, beta)
@@ -175,7 +175,7 @@ def _recurrence(
         return mx.addmm(chunks.q_in @ states, chunks.query_key, values), state, states
 
     @run.vjp
-    def run_vjp(primals, cotangents, outputs):  # noqa: ANN001, ANN202
+    def run_vjp(primals, cotangents, outputs):
         return _gradients(*primals, keep, states=outputs[2], dy=cotangents[0], d_state=cotangents[1])
 
     return run(q, k, v, log_gate, beta, state)[:2]

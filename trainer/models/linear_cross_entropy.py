@@ -145,7 +145,7 @@ def _loss_and_gradients(
         return (loss, mx.concatenate(row_grads), *sums) if with_gradients else (loss,)
 
     @run.vjp
-    def run_vjp(primals, cotangents, outputs):  # noqa: ANN001, ANN202
+    def run_vjp(primals, cotangents, outputs):
         assert with_gradients, "linear_cross_entropy(with_gradients=False) has no gradient"
         scale = cotangents[0] if isinstance(cotangents, (tuple, list)) else cotangents
         grads = [(scale * grad).astype(x.dtype) for x, grad in zip(primals, outputs[1:])]
@@ -180,7 +180,7 @@ def _nll_with_gradient(logits: mx.array, targets: mx.array, weights: mx.array, h
         return _nll(logits, targets, weights, head)
 
     @run.vjp
-    def run_vjp(primal, cotangents, outputs):  # noqa: ANN001, ANN202
+    def run_vjp(primal, cotangents, outputs):
         return outputs[1]
 
     return run(logits)[0]

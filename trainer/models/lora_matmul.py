@@ -7,7 +7,7 @@ gradients; here the update is added by the matrix product itself. W may be quant
 Letters: D input dims, O output dims, r rank.
 """
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
@@ -91,7 +91,7 @@ def _joint(base: nn.Module, scale: float) -> mx.custom_function:
         return mx.addmm(_times(rows, base, True), _low_rank(rows, lora_a, scale), lora_b.astype(rows.dtype))
 
     @run.vjp
-    def run_vjp(primals, dy, outputs):  # noqa: ANN001, ANN202
+    def run_vjp(primals, dy, outputs):
         rows, lora_a, lora_b = primals
         d_low, d_a, d_b = _low_rank_gradients(rows, lora_a, lora_b, scale, dy)
         return mx.addmm(_times(dy, base, False), d_low, lora_a.T.astype(dy.dtype)), d_a, d_b
@@ -107,7 +107,7 @@ def _update(scale: float) -> mx.custom_function:
         return (mx.addmm(y, _low_rank(rows, lora_a, scale).astype(y.dtype), lora_b.astype(y.dtype)),)
 
     @run.vjp
-    def run_vjp(primals, cotangents, outputs):  # noqa: ANN001, ANN202
+    def run_vjp(primals, cotangents, outputs):
         dy = cotangents[0] if isinstance(cotangents, (tuple, list)) else cotangents
         _, rows, lora_a, lora_b = primals
         d_low, d_a, d_b = _low_rank_gradients(rows, lora_a, lora_b, scale, dy)
@@ -116,9 +116,9 @@ def _update(scale: float) -> mx.custom_function:
     return run
 
 
-@lru_cache(maxsize=None)
+@cache
 def _fast(cls: type) -> type:
-    def call(self, x: mx.array) -> mx.array:  # noqa: ANN001
+    def call(self, x: mx.array) -> mx.array:
         dropped: Any = self.dropout(x)
         return lora_matmul(x, self.linear, self.lora_a, self.lora_b, self.scale, None if dropped is x else dropped)
 

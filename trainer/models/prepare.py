@@ -10,7 +10,7 @@ Packed rows use the ``cache`` argument too: ``model(tokens, cache=model.segment_
 
 import inspect
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import cache, partial
 from types import FunctionType
 from typing import Any
 
@@ -118,7 +118,7 @@ def _with_globals(call: FunctionType, replaced: dict[str, Any]) -> FunctionType:
     return new
 
 
-@lru_cache(maxsize=None)
+@cache
 def _training_class(cls: type) -> type:
     """``cls`` with a ``__call__`` that runs ours in training, and mlx-lm's with one of mlx-lm's caches (or in eval
     mode, for layers that take none)."""
@@ -127,7 +127,7 @@ def _training_class(cls: type) -> type:
     rebound = _with_globals(original, replaced)
     signature = inspect.signature(original)
 
-    def call(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN001
+    def call(self, *args: Any, **kwargs: Any) -> Any:
         if "cache" not in signature.parameters:
             return (rebound if self.training else original)(self, *args, **kwargs)
         bound = signature.bind(self, *args, **kwargs)
@@ -173,20 +173,20 @@ def _with_segmented_convolutions(module: nn.Module, segments: mx.array | None) -
     return _View(module, found) if found else module
 
 
-@lru_cache(maxsize=None)
+@cache
 def _core_class(cls: type) -> type:
     """The decoder stack: without a cache it tells its layers their windows in words instead of arrays."""
 
-    def call(self, inputs: mx.array, cache: Any = None, *args: Any, **kwargs: Any) -> mx.array:  # noqa: ANN001
+    def call(self, inputs: mx.array, cache: Any = None, *args: Any, **kwargs: Any) -> mx.array:
         cache = segment_caches(self.layers, None) if cache is None else cache
         return cls.__call__(self, inputs, cache, *args, **kwargs)
 
     return _subclass(cls, {"__call__": call})
 
 
-@lru_cache(maxsize=None)
+@cache
 def _model_class(cls: type) -> type:
-    def segment_cache(self, segments: mx.array | None) -> list[AttentionSegments | StateSegments]:  # noqa: ANN001
+    def segment_cache(self, segments: mx.array | None) -> list[AttentionSegments | StateSegments]:
         """What to pass as ``cache`` for rows of several documents, numbered by ``segments`` (B, T)."""
         return segment_caches(self.layers, segments)
 

@@ -16,8 +16,7 @@ import mlx.core as mx
 import comm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from fake import fake_group  # noqa: E402
-
+from fake import fake_group
 
 
 def download(seconds: float) -> None:
@@ -86,7 +85,7 @@ if kind == "garbage":
                 time.sleep(0.3)
     time.sleep(1)
 if kind == "crowd":
-    import resource  # noqa: E402
+    import resource
 
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     allowed = len(os.listdir("/dev/fd")) + (8 if group.rank == 0 else 400)

@@ -4,7 +4,6 @@ import sys
 from pathlib import Path
 
 from mesh_cases import from_json, save_reference
-
 from trainer.blas import load_fast_blas
 
 load_fast_blas()

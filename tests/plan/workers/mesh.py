@@ -5,9 +5,8 @@ import sys
 import warnings
 from dataclasses import asdict
 
-from plan_measure import measure
-
 import comm
+from plan_measure import measure
 from trainer.blas import load_fast_blas
 from trainer.recipe import recipe_from
 

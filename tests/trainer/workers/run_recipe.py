@@ -17,7 +17,6 @@ import comm
 from trainer.recipe import recipe_from
 from trainer.run import Stop, train
 
-
 LARGEST_FILE_BYTES = 32768
 
 
