@@ -12,8 +12,6 @@ from pathlib import Path
 
 from setuptools.build_meta import (
     build_editable as _setuptools_editable,
-)
-from setuptools.build_meta import (
     build_sdist,
     build_wheel,
     get_requires_for_build_editable,

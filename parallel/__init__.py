@@ -3,6 +3,9 @@
 Research code imports from here; everything works the same on 1 and on N ranks.
 """
 
+from parallel.own_comm import init  # first: it says so where another package hides `comm`
+
+# isort: split
 from parallel.api import Span, StepTimes, evaluate, value_and_grad
 from parallel.data import DataParallel
 from parallel.fsdp import FullyShardedDataParallel
@@ -10,7 +13,6 @@ from parallel.heads import Head, hidden_and_head
 from parallel.layout import gather_tensors, model_layout, slice_tensors
 from parallel.linear import shard_linear
 from parallel.norm import clip_grad_norm, global_norm
-from parallel.own_comm import init  # first: it says so where another package hides `comm`
 from parallel.pipeline import PipelineParallel, bubble_pct
 from parallel.row_threads import RowThreads
 from parallel.tensor import TensorParallel
