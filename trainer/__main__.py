@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from trainer.blas import load_fast_blas
 from trainer.device_errors import translated
-from trainer.problems import (
+from trainer.recipe.problems import (
     USER_ERRORS,
     AgreedError,
     RecipeError,

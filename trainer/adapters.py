@@ -14,9 +14,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from trainer.files.storage import read_json
+from trainer.files.tensor_files import read_tensor_file
 from trainer.lora import LoRASpec, is_adapter
-from trainer.storage import read_json
-from trainer.tensor_files import read_tensor_file
 
 PEFT_SUFFIXES = {
     "lora_A.weight": "lora_a",

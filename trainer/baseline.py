@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from trainer.build import Parts
+from trainer.files.storage import atomic_file, read_json, write_json
 from trainer.machine import machine_facts
 from trainer.metrics import Row, Sample
-from trainer.storage import atomic_file, read_json, write_json
 
 BASELINE_FILE = "baseline.json"
 

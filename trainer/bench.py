@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer.bench_figures import SIDES, Measurement, table
-from trainer.config import Recipe
-from trainer.recipe import load_recipe
+from trainer.recipe.config import Recipe
+from trainer.recipe.load import load_recipe
 
 MARK = "BENCH "
 WRONG_INPUT = 2

@@ -29,7 +29,6 @@ from parallel.row_threads import RowThreads
 from trainer.adapters import load_into, read_adapter
 from trainer.agreement import together
 from trainer.batches import Share, TrainingBatches
-from trainer.config import ModelConfig, ParallelConfig, Recipe
 from trainer.data import (
     PlannedBatch,
     Splits,
@@ -57,8 +56,9 @@ from trainer.models.lora_matmul import use_fast_lora
 from trainer.models.prepare import prepare_for_training
 from trainer.models.segments import packing_supported
 from trainer.optim import Optimizer
-from trainer.paths import require_paths
-from trainer.rules import BatchSizes, MeshSizes, resolve_batch, resolve_mesh
+from trainer.recipe.config import ModelConfig, ParallelConfig, Recipe
+from trainer.recipe.paths import require_paths
+from trainer.recipe.rules import BatchSizes, MeshSizes, resolve_batch, resolve_mesh
 
 Notice = Callable[[str], None]
 

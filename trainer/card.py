@@ -3,9 +3,9 @@
 from dataclasses import replace
 from pathlib import Path
 
-from trainer.config import Recipe
 from trainer.metrics import read_rows
-from trainer.recipe import to_yaml
+from trainer.recipe.config import Recipe
+from trainer.recipe.load import to_yaml
 
 RESULT_KEYS = ("train/global_step", "train/loss", "eval/loss", "eval/ppl", "eval/exact_match")
 

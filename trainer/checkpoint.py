@@ -14,7 +14,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from trainer.storage import (
+from trainer.files.storage import (
     TMP_SUFFIX,
     FileRecord,
     atomic_file,
@@ -25,7 +25,7 @@ from trainer.storage import (
     remove,
     write_json,
 )
-from trainer.tensor_files import MAX_SHARD_BYTES, NamedTensors, consume, write_tensors
+from trainer.files.tensor_files import MAX_SHARD_BYTES, NamedTensors, consume, write_tensors
 
 STATE_FILE = "state.json"
 MANIFEST_FILE = "manifest.json"

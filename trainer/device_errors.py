@@ -11,8 +11,8 @@ import argparse
 import traceback
 from pathlib import Path
 
-from trainer.config import Recipe
-from trainer.problems import USER_ERRORS
+from trainer.recipe.config import Recipe
+from trainer.recipe.problems import USER_ERRORS
 
 _MEMORY_WORDS = (
     "unable to allocate",
@@ -107,7 +107,7 @@ def next_setting(recipe: Recipe | None) -> str:
 
 def _recipe_of(arguments: argparse.Namespace) -> Recipe | None:
     """The recipe that the command names, by itself or through a run's folder."""
-    from trainer.recipe import load_recipe
+    from trainer.recipe.load import load_recipe
 
     path = getattr(arguments, "recipe", None) or Path(getattr(arguments, "target", "."), "recipe.yaml")
     try:

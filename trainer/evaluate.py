@@ -5,7 +5,7 @@ import argparse
 import comm
 from trainer.agreement import end_on_interrupt
 from trainer.build import build
-from trainer.problems import AgreedUserError
+from trainer.recipe.problems import AgreedUserError
 from trainer.result import load_result, notice_on_stderr, shared_recipe
 
 

@@ -9,9 +9,9 @@ import comm
 from parallel import evaluate
 from trainer.answers import Answer, answer_rows
 from trainer.batches import Share, evaluation_batches
-from trainer.config import EvalConfig
 from trainer.data import PlannedBatch, TokenizedRows
 from trainer.loss import TokenLoss
+from trainer.recipe.config import EvalConfig
 
 
 class Evaluator:

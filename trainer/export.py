@@ -20,8 +20,9 @@ import comm
 from trainer.blas import load_fast_blas
 from trainer.build import prepare_method
 from trainer.card import model_card
-from trainer.config import Recipe
 from trainer.data import corpus
+from trainer.files.storage import atomic_folder, explain, write_json
+from trainer.files.tensor_files import write_tensor_file
 from trainer.loading import (
     BaseModel,
     materialize,
@@ -32,10 +33,9 @@ from trainer.loading import (
 from trainer.lora import DropoutKeys, LoRASpec
 from trainer.output import write_model
 from trainer.peft import TEXT_CLASS_TYPES, adapter_config, adapter_tensors
-from trainer.problems import USER_ERRORS
+from trainer.recipe.config import Recipe
+from trainer.recipe.problems import USER_ERRORS
 from trainer.result import load_result, recipe_of
-from trainer.storage import atomic_folder, explain, write_json
-from trainer.tensor_files import write_tensor_file
 
 PROBE_SHAPE = (2, 32)  # rows and tokens on which a fused model is compared
 FLOAT32_TOLERANCE = 1e-4  # of the logits' spread

@@ -18,6 +18,7 @@ from trainer import resume
 from trainer.agreement import together
 from trainer.build import Parts
 from trainer.checkpoint import Checkpoint, CheckpointError, CheckpointFolder
+from trainer.files.storage import atomic_file, explain, read_json, write_json
 from trainer.loading import source_folder
 from trainer.output import (
     ADAPTERS_FILE,
@@ -27,7 +28,6 @@ from trainer.output import (
     write_model,
 )
 from trainer.progress import Progress
-from trainer.storage import atomic_file, explain, read_json, write_json
 
 Notice = Callable[[str], None]
 

@@ -22,12 +22,12 @@ from mlx_lm.tuner.lora import LoRASwitchLinear
 
 from parallel import hidden_and_head
 from parallel.stages import check_stages, even_split, memory_split
-from trainer.config import Recipe
 from trainer.liveness import Buffer, Lifetimes, lifetimes
 from trainer.lora import EXPERTS
 from trainer.optim import Optimizer
 from trainer.placement import Part, Placement
-from trainer.rules import MeshSizes
+from trainer.recipe.config import Recipe
+from trainer.recipe.rules import MeshSizes
 from trainer.shapes import PlannedModel
 from trainer.traced_graph import trace
 

@@ -17,7 +17,7 @@ from trainer.agreement import end_on_interrupt
 from trainer.answers import answer_rows
 from trainer.build import Parts, build
 from trainer.data import training_format
-from trainer.problems import AgreedUserError
+from trainer.recipe.problems import AgreedUserError
 from trainer.result import load_result, notice_on_stderr, shared_recipe
 from trainer.streams import harmless
 

@@ -20,10 +20,10 @@ from mlx_lm.utils import (
     quantize_model,
 )
 
-from trainer.config import ModelConfig
 from trainer.data import build_tokenizer
-from trainer.paths import is_local
-from trainer.storage import read_json
+from trainer.files.storage import read_json
+from trainer.recipe.config import ModelConfig
+from trainer.recipe.paths import is_local
 
 DEFAULT_INITIALIZER_RANGE = 0.02
 # A random start's vocabulary is rounded up to this, so that tensor-parallel ranks can divide it.

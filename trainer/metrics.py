@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from trainer.storage import atomic_file, explain
+from trainer.files.storage import atomic_file, explain
 
 STEP_KEY = "train/global_step"
 TRAIN_KEYS = (

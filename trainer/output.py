@@ -14,8 +14,8 @@ from typing import Protocol
 
 from mlx_lm.utils import save_config
 
-from trainer.storage import atomic_file, atomic_folder, sync_files, write_json
-from trainer.tensor_files import (
+from trainer.files.storage import atomic_file, atomic_folder, sync_files, write_json
+from trainer.files.tensor_files import (
     MAX_SHARD_BYTES,
     NamedTensors,
     consume,

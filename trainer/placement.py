@@ -16,7 +16,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from parallel.resolve import check_plan, find_blocks, find_named, plan_for
-from trainer.rules import MeshSizes
+from trainer.recipe.rules import MeshSizes
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 

@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from trainer.config import Recipe
 from trainer.flops import TokenFlops, token_flops
 from trainer.footprint import Footprint, Footprints
-from trainer.recipe import load_recipe
-from trainer.rules import MeshSizes, resolve_batch, resolve_mesh
+from trainer.recipe.config import Recipe
+from trainer.recipe.load import load_recipe
+from trainer.recipe.rules import MeshSizes, resolve_batch, resolve_mesh
 from trainer.shapes import PlannedModel, planned_model
 
 GIB = 2**30

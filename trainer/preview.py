@@ -14,10 +14,10 @@ import numpy as np
 
 import comm
 from trainer.build import Parts, open_parts, pad_token
-from trainer.config import Recipe
 from trainer.data import BadRows, PlannedBatch, TokenizedRows, collate, load_splits
 from trainer.data.encode import plain_tokenizer
-from trainer.rules import resolve_mesh
+from trainer.recipe.config import Recipe
+from trainer.recipe.rules import resolve_mesh
 from trainer.shapes import open_shapes
 
 NUM_EXTREMES = 5

@@ -22,10 +22,10 @@ from trainer.charts import (
     smooth,
     stacked_bars,
 )
+from trainer.files.storage import read_json
 from trainer.metrics import STEP_KEY, read_rows
-from trainer.recipe import flattened
+from trainer.recipe.load import flattened
 from trainer.report_page import chart_card, folded, page, section, table
-from trainer.storage import read_json
 
 PER_DEVICE = "throughput/tokens_per_sec_per_device"
 # title, row key, from zero, logarithmic where spread wide

@@ -20,11 +20,11 @@ from trainer.checkpoint import (
     follow_best,
     open_checkpoint,
 )
-from trainer.config import Recipe
+from trainer.files.storage import read_json
+from trainer.files.tensor_files import read_tensor_file
 from trainer.output import ADAPTER_CONFIG_FILE, ADAPTERS_FILE
-from trainer.recipe import load_recipe, recipe_from
-from trainer.storage import read_json
-from trainer.tensor_files import read_tensor_file
+from trainer.recipe.config import Recipe
+from trainer.recipe.load import load_recipe, recipe_from
 
 
 def shared_recipe(world: comm.Group, target: str, overrides: list[str]) -> Recipe:

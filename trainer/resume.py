@@ -18,13 +18,13 @@ from parallel.layout import ParameterLayout, gather_tensors, model_layout, slice
 from trainer.agreement import broadcast_tensors, together
 from trainer.build import Parts
 from trainer.checkpoint import Checkpoint, CheckpointError, CheckpointFolder
-from trainer.config import Recipe
+from trainer.files.storage import atomic_file, read_json, write_json
 from trainer.loading import model_dtype, source_folder
 from trainer.output import RESULT_FILE
 from trainer.progress import WATCHDOG_ROWS, Progress
-from trainer.recipe import flattened
-from trainer.rules import resolve_batch
-from trainer.storage import atomic_file, read_json, write_json
+from trainer.recipe.config import Recipe
+from trainer.recipe.load import flattened
+from trainer.recipe.rules import resolve_batch
 from trainer.weights_digest import weights_digest
 
 FREE_SECTIONS = ("optimizer", "schedule", "epochs", "max_steps", "max_grad_norm", "gradient_checkpointing")

@@ -22,7 +22,7 @@ from trainer.baseline import BaselineSink, baseline_facts, read_baseline
 from trainer.blas import blas_hint
 from trainer.build import Parts, build
 from trainer.checkpoint import CheckpointFolder
-from trainer.config import Recipe
+from trainer.files.storage import atomic_file, write_json
 from trainer.final import discard, finish, is_written, result_path
 from trainer.flops import peak_tflops
 from trainer.limits import apply_limits, clear_large_cache
@@ -31,12 +31,12 @@ from trainer.loop import Due, Hooks, Loop
 from trainer.machine import MACHINE_FILE, machine_facts
 from trainer.metrics import JsonlSink, Metrics
 from trainer.optim import learning_rate
-from trainer.paths import found_from_anywhere, require_writable
 from trainer.progress import WATCHDOG_ROWS, Progress, StopRules
-from trainer.recipe import load_recipe, to_yaml
+from trainer.recipe.config import Recipe
+from trainer.recipe.load import load_recipe, to_yaml
+from trainer.recipe.paths import found_from_anywhere, require_writable
+from trainer.recipe.rules import resolve_mesh, validation_warnings, warnings
 from trainer.requests import CheckpointTrigger, Stop
-from trainer.rules import resolve_mesh, validation_warnings, warnings
-from trainer.storage import atomic_file, write_json
 from trainer.terminal import TerminalSink
 from trainer.throughput import Throughput, memory_of_ranks
 from trainer.tracing import Profiler

@@ -1,4 +1,4 @@
-"""`python -m trainer schema`: the JSON Schema of recipes, made from the dataclasses of `trainer.config`.
+"""`python -m trainer schema`: the JSON Schema of recipes, made from the dataclasses of `trainer.recipe.config`.
 
 Editors with a YAML language server complete and check a recipe whose first line names the schema:
 `# yaml-language-server: $schema=recipe.schema.json`. Rules between keys are not part of it.
@@ -13,7 +13,7 @@ import types
 from collections.abc import Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from trainer.config import Recipe
+from trainer.recipe.config import Recipe
 
 _BOUNDS = {
     "minimum": "minimum",

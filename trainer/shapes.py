@@ -20,15 +20,15 @@ from mlx.utils import tree_flatten
 from parallel.resolve import check_plan, plan_for
 from parallel.stages import check_split, check_stages
 from trainer.build import prepare_model
-from trainer.config import ModelConfig, Recipe
+from trainer.files.storage import read_json
 from trainer.loading import BaseModel, open_model
 from trainer.lora import DropoutKeys
 from trainer.loss import TokenLoss
 from trainer.models.checkpointing import checkpoint_layers
 from trainer.models.segments import packing_supported
-from trainer.paths import require_paths
-from trainer.rules import MeshSizes
-from trainer.storage import read_json
+from trainer.recipe.config import ModelConfig, Recipe
+from trainer.recipe.paths import require_paths
+from trainer.recipe.rules import MeshSizes
 
 _GROUP_SIZES = {"mxfp4": 32, "mxfp8": 32, "nvfp4": 16, "affine": 64}
 # Formats of `quantization_config` that name the format only; the bits and mode that MLX gives them.

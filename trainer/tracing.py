@@ -18,8 +18,8 @@ import mlx.core as mx
 
 import comm
 from parallel import Span
-from trainer.config import ProfileConfig
-from trainer.storage import atomic_file
+from trainer.files.storage import atomic_file
+from trainer.recipe.config import ProfileConfig
 
 # The phases of a step as the loop and `parallel.value_and_grad` name them; the middle ones lie within "compute".
 WORDS = {

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 
-from trainer.config import Recipe
-from trainer.paths import is_local, missing_paths, named_paths
-from trainer.problems import RecipeError
-from trainer.recipe import load_recipe, to_yaml
-from trainer.rules import MeshSizes, resolve_batch, resolve_mesh, warnings
+from trainer.recipe.config import Recipe
+from trainer.recipe.load import load_recipe, to_yaml
+from trainer.recipe.paths import is_local, missing_paths, named_paths
+from trainer.recipe.problems import RecipeError
+from trainer.recipe.rules import MeshSizes, resolve_batch, resolve_mesh, warnings
 
 
 def main(arguments: argparse.Namespace) -> int:

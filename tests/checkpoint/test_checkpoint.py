@@ -14,8 +14,8 @@ import pytest
 from safetensors import safe_open
 
 from trainer.checkpoint import CheckpointError, CheckpointFolder, open_checkpoint
-from trainer.storage import atomic_file, file_record
-from trainer.tensor_files import write_tensors
+from trainer.files.storage import atomic_file, file_record
+from trainer.files.tensor_files import write_tensors
 
 
 def tensors_of(step: int) -> dict[str, mx.array]:

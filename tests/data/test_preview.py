@@ -15,8 +15,8 @@ from trainer.__main__ import main
 from trainer.build import open_parts
 from trainer.data_verb import LEARNED, OTHER, document_text, show
 from trainer.preview import Preview, preview
-from trainer.recipe import recipe_from
-from trainer.rules import resolve_mesh
+from trainer.recipe.load import recipe_from
+from trainer.recipe.rules import resolve_mesh
 from trainer.shapes import open_shapes
 
 CONFIG = {

@@ -7,7 +7,7 @@ import comm
 from plan_measure import measure
 from test_placement import CONFIGS, QWEN3, make
 from trainer.footprint import Footprints
-from trainer.rules import MeshSizes
+from trainer.recipe.rules import MeshSizes
 
 # 52 M parameters: 206 MiB in float32.
 LARGE = QWEN3 | {

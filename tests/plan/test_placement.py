@@ -10,8 +10,8 @@ from parallel import TensorParallel
 from parallel.stages import even_split
 from trainer.placement import Placement
 from trainer.plan import meshes
-from trainer.recipe import recipe_from
-from trainer.rules import MeshSizes
+from trainer.recipe.load import recipe_from
+from trainer.recipe.rules import MeshSizes
 from trainer.shapes import planned_model
 
 QWEN3 = {

@@ -12,7 +12,7 @@ import pytest
 
 from trainer.__main__ import main
 from trainer.device_errors import next_setting
-from trainer.recipe import load_recipe
+from trainer.recipe.load import load_recipe
 from trainer.shipped import recipes_folder
 from trainer.verbs import VERBS
 

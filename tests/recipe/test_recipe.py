@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from trainer.config import Recipe
-from trainer.fill import walk
-from trainer.recipe import RecipeError, load_recipe, recipe_from, to_yaml
+from trainer.recipe.config import Recipe
+from trainer.recipe.fill import walk
+from trainer.recipe.load import RecipeError, load_recipe, recipe_from, to_yaml
 
 GOOD = {"model": {"path": "owner/name"}, "data": {"train": "rows.jsonl"}}
 

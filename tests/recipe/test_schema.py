@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from trainer.recipe import load_recipe
+from trainer.recipe.load import load_recipe
 from trainer.schema import recipe_schema
 from trainer.shipped import SCHEMA_NAME, recipes_folder
 from trainer.validate import meaning

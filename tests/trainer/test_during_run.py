@@ -19,11 +19,11 @@ from tiny_recipes import run_apart, tiny_recipe, write_rows
 from trainer import limits, run
 from trainer.baseline import read_baseline, write_baseline
 from trainer.checkpoint import open_checkpoint
-from trainer.config import LimitsConfig
 from trainer.export import open_run
 from trainer.metrics import read_rows
 from trainer.progress import Progress, StopRules
-from trainer.recipe import to_yaml
+from trainer.recipe.config import LimitsConfig
+from trainer.recipe.load import to_yaml
 from trainer.result import recipe_of
 from trainer.run import Stop, train
 

@@ -8,9 +8,9 @@ import pytest
 
 import comm
 from tiny_recipes import run_apart, tiny_recipe, write_rows
+from trainer.files.storage import file_record
 from trainer.metrics import read_rows
 from trainer.run import Stop, train
-from trainer.storage import file_record
 
 STEPS, SAVED_EVERY, KILLED_AT = 8, 3, 5
 CASES = {

@@ -16,7 +16,7 @@ import comm
 from tiny_recipes import MODELS, run_apart, tiny_recipe, write_rows
 from trainer.__main__ import main
 from trainer.metrics import read_rows
-from trainer.recipe import to_yaml
+from trainer.recipe.load import to_yaml
 from trainer.run import Stop, train
 
 

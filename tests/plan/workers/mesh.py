@@ -8,7 +8,7 @@ from dataclasses import asdict
 import comm
 from plan_measure import measure
 from trainer.blas import load_fast_blas
-from trainer.recipe import recipe_from
+from trainer.recipe.load import recipe_from
 
 load_fast_blas()
 # A pipeline with few micro-batches says so.

@@ -14,7 +14,7 @@ from trainer.blas import load_fast_blas
 load_fast_blas()  # before anything imports MLX
 
 import comm
-from trainer.recipe import recipe_from
+from trainer.recipe.load import recipe_from
 from trainer.run import Stop, train
 
 LARGEST_FILE_BYTES = 32768

@@ -1,6 +1,6 @@
 """What is wrong with a recipe: one `Problem` per key, one `RecipeError` for all of them; and errors of all ranks.
 
-Pure text, no parsing and no rules: those are in `trainer.fill` and `trainer.rules`.
+Pure text, no parsing and no rules: those are in `trainer.recipe.fill` and `trainer.recipe.rules`.
 """
 
 from __future__ import annotations

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from operator import attrgetter
 
-from trainer.config import ParallelConfig, Recipe
-from trainer.paths import named_paths
-from trainer.problems import Problem, RecipeError, listing, show
+from trainer.recipe.config import ParallelConfig, Recipe
+from trainer.recipe.paths import named_paths
+from trainer.recipe.problems import Problem, RecipeError, listing, show
 
 AXES = ("dp_replicate", "dp_shard", "pp", "tp")
 

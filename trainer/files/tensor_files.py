@@ -16,7 +16,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from trainer.storage import CHUNK_BYTES, FileRecord, file_record
+from trainer.files.storage import CHUNK_BYTES, FileRecord, file_record
 
 MAX_SHARD_BYTES = 5 * 10**9
 # About 450 tensors; a shard with more is closed, like one with too many bytes.

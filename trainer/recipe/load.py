@@ -1,7 +1,7 @@
 """A YAML file and `key=value` overrides become a `Recipe`, or one error that lists all that is wrong.
 
 OmegaConf reads the YAML (so `1e-5` is a number and `${...}` refers to other keys) and applies the
-overrides; the dataclasses of `trainer.config` decide what is allowed. No model, data or MLX is touched.
+overrides; the dataclasses of `trainer.recipe.config` decide what is allowed. No model, data or MLX is touched.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.config import Recipe
-from trainer.fill import fill, walk
-from trainer.paths import found_beside
-from trainer.problems import Problem, RecipeError, nearest
-from trainer.rules import check
+from trainer.recipe.config import Recipe
+from trainer.recipe.fill import fill, walk
+from trainer.recipe.paths import found_beside
+from trainer.recipe.problems import Problem, RecipeError, nearest
+from trainer.recipe.rules import check
 
 __all__ = ["Problem", "Recipe", "RecipeError", "load_recipe", "recipe_from", "to_yaml"]
 
