@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.blas import load_fast_blas
+from trainer.machine.blas import load_fast_blas
 
 # What a shell puts into the background ignores SIGINT, and so would every process that a test starts and interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -16,8 +16,8 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trainer.blas import load_fast_blas
-from trainer.device_errors import translated
+from trainer.machine.blas import load_fast_blas
+from trainer.machine.errors import translated
 from trainer.recipe.problems import (
     USER_ERRORS,
     AgreedError,

@@ -50,7 +50,7 @@ from trainer.loading import (
 )
 from trainer.lora import DropoutKeys, LoRASpec, attach, find_targets, limits_on_experts
 from trainer.loss import TokenLoss
-from trainer.machine import row_threads
+from trainer.machine.facts import row_threads
 from trainer.models.checkpointing import checkpoint_layers
 from trainer.models.lora_matmul import use_fast_lora
 from trainer.models.prepare import prepare_for_training

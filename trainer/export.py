@@ -17,7 +17,6 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import dequantize_model, load_model
 
 import comm
-from trainer.blas import load_fast_blas
 from trainer.build import prepare_method
 from trainer.card import model_card
 from trainer.data import corpus
@@ -31,6 +30,7 @@ from trainer.loading import (
     source_folder,
 )
 from trainer.lora import DropoutKeys, LoRASpec
+from trainer.machine.blas import load_fast_blas
 from trainer.output import write_model
 from trainer.peft import TEXT_CLASS_TYPES, adapter_config, adapter_tensors
 from trainer.recipe.config import Recipe

@@ -19,16 +19,16 @@ from parallel.wrapper import parallel_state
 from trainer import resume
 from trainer.agreement import require_same, together
 from trainer.baseline import BaselineSink, baseline_facts, read_baseline
-from trainer.blas import blas_hint
 from trainer.build import Parts, build
 from trainer.checkpoint import CheckpointFolder
 from trainer.files.storage import atomic_file, write_json
 from trainer.final import discard, finish, is_written, result_path
 from trainer.flops import peak_tflops
-from trainer.limits import apply_limits, clear_large_cache
 from trainer.lock import sole_run
 from trainer.loop import Due, Hooks, Loop
-from trainer.machine import MACHINE_FILE, machine_facts
+from trainer.machine.blas import blas_hint
+from trainer.machine.facts import MACHINE_FILE, machine_facts
+from trainer.machine.limits import apply_limits, clear_large_cache
 from trainer.metrics import JsonlSink, Metrics
 from trainer.optim import learning_rate
 from trainer.progress import WATCHDOG_ROWS, Progress, StopRules

@@ -16,7 +16,7 @@ import comm
 from parallel import DataParallel, RowThreads, TensorParallel, value_and_grad
 from ranks import run_ranks
 from steps import CASES, FULL, Counted, assert_equal, batch_of, build
-from trainer.machine import row_threads, usable_cores
+from trainer.machine.facts import row_threads, usable_cores
 
 ROWS, LENGTH = 5, 48
 
@@ -112,8 +112,8 @@ def test_not_with_compile():
 @pytest.mark.parametrize("hosts, expected", [(["here"] * 8, None), (["here", "there"] * 2, 4)])
 def test_cores_are_shared_by_the_ranks_of_a_host(monkeypatch, hosts, expected):
     """Catches as many threads as cores in every rank, and cores shared with the ranks of other hosts."""
-    monkeypatch.setattr("trainer.machine.usable_cores", lambda: 8)
-    monkeypatch.setattr("trainer.machine._shared_threads", lambda num_threads: num_threads)
+    monkeypatch.setattr("trainer.machine.facts.usable_cores", lambda: 8)
+    monkeypatch.setattr("trainer.machine.facts._shared_threads", lambda num_threads: num_threads)
     monkeypatch.setattr("socket.gethostname", lambda: "here")
     monkeypatch.setattr("comm.all_gather_object", lambda obj, group: hosts)
     assert row_threads(comm.solo()) == expected
@@ -131,7 +131,7 @@ def test_a_containers_share_of_the_cores(monkeypatch, tmp_path, quota, expected)
 def test_blas_threads_come_back():
     """Catches a process that keeps one BLAS thread after its first step."""
     code = (
-        "import ctypes, os; from trainer.blas import NAMES, load_fast_blas, one_blas_thread; load_fast_blas()\n"
+        "import ctypes, os; from trainer.machine.blas import NAMES, load_fast_blas, one_blas_thread; load_fast_blas()\n"
         "blas = ctypes.CDLL(NAMES[0], mode=os.RTLD_NOLOAD)\n"
         "before = blas.openblas_get_num_threads()\n"
         "with one_blas_thread(): inside = blas.openblas_get_num_threads()\n"

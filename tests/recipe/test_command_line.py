@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from trainer.__main__ import main
-from trainer.device_errors import next_setting
+from trainer.machine.errors import next_setting
 from trainer.recipe.load import load_recipe
 from trainer.shipped import recipes_folder
 from trainer.verbs import VERBS

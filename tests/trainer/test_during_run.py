@@ -16,10 +16,11 @@ from mlx.utils import tree_flatten
 
 import comm
 from tiny_recipes import run_apart, tiny_recipe, write_rows
-from trainer import limits, run
+from trainer import run
 from trainer.baseline import read_baseline, write_baseline
 from trainer.checkpoint import open_checkpoint
 from trainer.export import open_run
+from trainer.machine.facts import limits
 from trainer.metrics import read_rows
 from trainer.progress import Progress, StopRules
 from trainer.recipe.config import LimitsConfig

@@ -16,7 +16,7 @@ import comm
 from parallel import FullyShardedDataParallel, PipelineParallel, value_and_grad
 from parallel.fsdp import gathered_bytes
 from tensor_cases import loss_fn
-from trainer.blas import load_fast_blas
+from trainer.machine.blas import load_fast_blas
 
 
 def measure(wrap: Any, folder: Path, micro_batches: int = 1) -> dict[str, int]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import comm
 import pipeline_checks
 from mesh_cases import from_json, run_cases
-from trainer.blas import load_fast_blas
+from trainer.machine.blas import load_fast_blas
 
 load_fast_blas()
 world = comm.init()

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import comm
 from plan_measure import measure
-from trainer.blas import load_fast_blas
+from trainer.machine.blas import load_fast_blas
 from trainer.recipe.load import recipe_from
 
 load_fast_blas()

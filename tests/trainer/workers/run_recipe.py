@@ -9,7 +9,7 @@ import os
 import resource
 import sys
 
-from trainer.blas import load_fast_blas
+from trainer.machine.blas import load_fast_blas
 
 load_fast_blas()  # before anything imports MLX
 

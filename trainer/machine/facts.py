@@ -12,7 +12,7 @@ import mlx.core as mx
 import comm
 from parallel import RowThreads
 from trainer import __version__
-from trainer.blas import one_blas_thread
+from trainer.machine.blas import one_blas_thread
 
 MACHINE_FILE = "machine.json"
 
