@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from trainer.machine.blas import load_fast_blas
 from trainer.machine.errors import translated
+from trainer.metrics.streams import turn_off_stdout
 from trainer.recipe.problems import (
     USER_ERRORS,
     AgreedError,
@@ -27,7 +28,6 @@ from trainer.recipe.problems import (
     sentence,
 )
 from trainer.shipped import recipes_folder
-from trainer.streams import turn_off_stdout
 from trainer.verbs import VERBS
 
 # Set by mlx.launch and `python -m comm launch`, by JACCL, and by two families of mpirun.

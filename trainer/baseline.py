@@ -17,7 +17,7 @@ from typing import Any
 from trainer.build import Parts
 from trainer.files.storage import atomic_file, read_json, write_json
 from trainer.machine.facts import machine_facts
-from trainer.metrics import Row, Sample
+from trainer.metrics.rows import Row, Sample
 
 BASELINE_FILE = "baseline.json"
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from trainer.metrics import read_rows
+from trainer.metrics.rows import read_rows
 from trainer.recipe.config import Recipe
 from trainer.recipe.load import to_yaml
 

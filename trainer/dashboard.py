@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from trainer.metrics import STEP_KEY
+from trainer.metrics.rows import STEP_KEY
 
 WORKSPACE_NAME = "Training throughput"
 # section -> panels of (title, keys, logarithmic)

@@ -17,9 +17,9 @@ from trainer.agreement import end_on_interrupt
 from trainer.answers import answer_rows
 from trainer.build import Parts, build
 from trainer.data import training_format
+from trainer.metrics.streams import harmless
 from trainer.recipe.problems import AgreedUserError
 from trainer.result import load_result, notice_on_stderr, shared_recipe
-from trainer.streams import harmless
 
 END = "/exit"  # Open MPI 5's mpirun hands rank 0 its input but not the end of it (openpmix #4024)
 

@@ -23,7 +23,7 @@ from trainer.charts import (
     stacked_bars,
 )
 from trainer.files.storage import read_json
-from trainer.metrics import STEP_KEY, read_rows
+from trainer.metrics.rows import STEP_KEY, read_rows
 from trainer.recipe.load import flattened
 from trainer.report_page import chart_card, folded, page, section, table
 

@@ -29,7 +29,11 @@ from trainer.loop import Due, Hooks, Loop
 from trainer.machine.blas import blas_hint
 from trainer.machine.facts import MACHINE_FILE, machine_facts
 from trainer.machine.limits import apply_limits, clear_large_cache
-from trainer.metrics import JsonlSink, Metrics
+from trainer.metrics.rows import JsonlSink, Metrics
+from trainer.metrics.terminal import TerminalSink
+from trainer.metrics.throughput import Throughput, memory_of_ranks
+from trainer.metrics.tracing import Profiler
+from trainer.metrics.wandb_sink import WandbSink, wandb_mode
 from trainer.optim import learning_rate
 from trainer.progress import WATCHDOG_ROWS, Progress, StopRules
 from trainer.recipe.config import Recipe
@@ -37,10 +41,6 @@ from trainer.recipe.load import load_recipe, to_yaml
 from trainer.recipe.paths import found_from_anywhere, require_writable
 from trainer.recipe.rules import resolve_mesh, validation_warnings, warnings
 from trainer.requests import CheckpointTrigger, Stop
-from trainer.terminal import TerminalSink
-from trainer.throughput import Throughput, memory_of_ranks
-from trainer.tracing import Profiler
-from trainer.wandb_sink import WandbSink, wandb_mode
 
 
 def main(arguments: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from machines import Desk, why_not
-from trainer.metrics import read_rows
+from trainer.metrics.rows import read_rows
 
 ROOT = Path(__file__).parents[2]
 JOB = str(ROOT / "tests" / "comm" / "workers" / "job.py")

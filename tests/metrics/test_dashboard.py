@@ -8,7 +8,7 @@ import pytest
 
 from trainer.__main__ import main
 from trainer.dashboard import SECTIONS, build_workspace
-from trainer.metrics import METRIC_KEYS, STEP_KEY
+from trainer.metrics.rows import METRIC_KEYS, STEP_KEY
 
 
 def test_every_metric_has_a_panel() -> None:

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer import wandb_worker
-from trainer.metrics import read_rows
-from trainer.wandb_sink import WandbSink, wandb_mode
+from trainer.metrics.rows import read_rows, wandb_worker
+from trainer.metrics.wandb_sink import WandbSink, wandb_mode
 from training import train_with_recipe
 
 CONFIG = {"method": "lora", "optimizer": {"lr": 1e-5}}

@@ -13,7 +13,7 @@ import pytest
 
 from ranks import run_ranks
 from trainer.__main__ import main
-from trainer.streams import harmless
+from trainer.metrics.streams import harmless
 
 DATA = Path(__file__).parents[1] / "reference" / "data"
 TORN = b"{\"torn\":"

@@ -21,7 +21,7 @@ from trainer.baseline import read_baseline, write_baseline
 from trainer.checkpoint import open_checkpoint
 from trainer.export import open_run
 from trainer.machine.facts import limits
-from trainer.metrics import read_rows
+from trainer.metrics.rows import read_rows
 from trainer.progress import Progress, StopRules
 from trainer.recipe.config import LimitsConfig
 from trainer.recipe.load import to_yaml

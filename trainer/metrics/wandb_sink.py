@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from trainer.metrics import METRIC_KEYS, STEP_KEY, Row, Sample
+from trainer.metrics.rows import METRIC_KEYS, STEP_KEY, Row, Sample
 
 MODES = ("online", "offline", "disabled")
 QUEUE_ROWS = 10_000

@@ -13,8 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Column
 from rich.text import Text
 
-from trainer.metrics import STEP_KEY, Row, Sample
-from trainer.streams import harmless, turn_off_stdout
+from trainer.metrics.rows import STEP_KEY, Row, Sample
+from trainer.metrics.streams import harmless, turn_off_stdout
 
 NUM_SAMPLES_SHOWN = 3
 # Row key -> how it reads, in the order shown.
