@@ -41,6 +41,10 @@ from trainer.data import (
 )
 from trainer.evaluation import Evaluator
 from trainer.flops import token_flops
+from trainer.layers.checkpointing import checkpoint_layers
+from trainer.layers.lora_matmul import use_fast_lora
+from trainer.layers.prepare import prepare_for_training
+from trainer.layers.segments import packing_supported
 from trainer.loading import (
     BaseModel,
     materialize,
@@ -51,10 +55,6 @@ from trainer.loading import (
 from trainer.lora import DropoutKeys, LoRASpec, attach, find_targets, limits_on_experts
 from trainer.loss import TokenLoss
 from trainer.machine.facts import row_threads
-from trainer.models.checkpointing import checkpoint_layers
-from trainer.models.lora_matmul import use_fast_lora
-from trainer.models.prepare import prepare_for_training
-from trainer.models.segments import packing_supported
 from trainer.optim import Optimizer
 from trainer.recipe.config import ModelConfig, ParallelConfig, Recipe
 from trainer.recipe.paths import require_paths

@@ -7,8 +7,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from parallel import hidden_and_head
+from trainer.layers.linear_cross_entropy import linear_cross_entropy
 from trainer.lora import DropoutKeys
-from trainer.models.linear_cross_entropy import linear_cross_entropy
 
 
 class TokenLoss:

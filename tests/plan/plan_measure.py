@@ -11,8 +11,8 @@ import comm
 from parallel import value_and_grad
 from trainer.build import wrap
 from trainer.footprint import Footprints
+from trainer.layers.checkpointing import checkpoint_layers
 from trainer.loop import clipped_gradients
-from trainer.models.checkpointing import checkpoint_layers
 from trainer.optim import Optimizer
 from trainer.recipe.config import Recipe
 from trainer.recipe.rules import resolve_mesh

@@ -22,10 +22,10 @@ from parallel import (
 )
 from tensor_cases import ROWS, TOKENS, batch, relative_error, train, worst
 from tensor_models import make_model, prepare
-from trainer.models.checkpointing import checkpoint_layers
-from trainer.models.linear_cross_entropy import linear_cross_entropy
-from trainer.models.lora_matmul import use_fast_lora
-from trainer.models.prepare import prepare_for_training
+from trainer.layers.checkpointing import checkpoint_layers
+from trainer.layers.linear_cross_entropy import linear_cross_entropy
+from trainer.layers.lora_matmul import use_fast_lora
+from trainer.layers.prepare import prepare_for_training
 
 WRAPPERS = {"dp_replicate": DataParallel, "dp_shard": FullyShardedDataParallel, "pp": PipelineParallel}
 

@@ -12,11 +12,11 @@ from mlx.utils import tree_flatten
 
 import comm
 from parallel import TensorParallel, gather_tensors, hidden_and_head, model_layout
+from trainer.layers.checkpointing import checkpoint_layers
+from trainer.layers.linear_cross_entropy import linear_cross_entropy
+from trainer.layers.lora_matmul import use_fast_lora
+from trainer.layers.prepare import prepare_for_training
 from trainer.lora import DropoutKeys, LoRASpec, attach, find_targets
-from trainer.models.checkpointing import checkpoint_layers
-from trainer.models.linear_cross_entropy import linear_cross_entropy
-from trainer.models.lora_matmul import use_fast_lora
-from trainer.models.prepare import prepare_for_training
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tiny import make

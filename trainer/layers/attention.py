@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from trainer.models.elementwise import exp
+from trainer.layers.elementwise import exp
 
 # Scores of one block of queries, in numbers, over all rows and heads.
 MAX_SCORES = 2**25

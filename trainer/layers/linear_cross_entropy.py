@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 import comm
 from parallel.heads import Head
-from trainer.models.elementwise import exp
+from trainer.layers.elementwise import exp
 
 # Logits of one chunk, in numbers, and its fewest rows: with less, reading the head's weights takes longer than
 # multiplying.

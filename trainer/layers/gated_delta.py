@@ -14,7 +14,7 @@ Shapes: B batch, T tokens, Hk key heads, Hv value heads (a multiple of Hk), Dk a
 import mlx.core as mx
 import mlx.nn as nn
 
-from trainer.models.decay import ChannelDecay, Chunks, ScalarDecay, unit_lower_inverse
+from trainer.layers.decay import ChannelDecay, Chunks, ScalarDecay, unit_lower_inverse
 
 
 def default_chunk_tokens(key_dims: int) -> int:

@@ -17,11 +17,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from trainer.models import elementwise
-from trainer.models.attention import blockwise_attention
-from trainer.models.causal_conv import causal_conv
-from trainer.models.gated_delta import gated_delta_update
-from trainer.models.segments import (
+from trainer.layers import elementwise
+from trainer.layers.attention import blockwise_attention
+from trainer.layers.causal_conv import causal_conv
+from trainer.layers.gated_delta import gated_delta_update
+from trainer.layers.segments import (
     AttentionSegments,
     StateSegments,
     TrainingMask,
