@@ -24,7 +24,8 @@ from trainer.flops import peak_tflops
 from trainer.loading import materialize, open_model, open_tokenizer
 from trainer.loop import Due, Hooks, Loop
 from trainer.lora import find_targets
-from trainer.metrics.throughput import GIB, Throughput
+from trainer.machine.limits import GIB
+from trainer.metrics.throughput import Throughput
 from trainer.progress import Progress
 from trainer.recipe.config import Recipe
 

@@ -15,12 +15,12 @@ from functools import cached_property
 
 from trainer.flops import TokenFlops, token_flops
 from trainer.footprint import Footprint, Footprints
+from trainer.machine.limits import GIB
 from trainer.recipe.config import Recipe
 from trainer.recipe.load import load_recipe
 from trainer.recipe.rules import MeshSizes, resolve_batch, resolve_mesh
 from trainer.shapes import PlannedModel, planned_model
 
-GIB = 2**30
 # Part of a machine's memory that a run may count on; macOS lets a GPU wire about this much.
 _USABLE = 0.75
 _NUM_SHOWN = 6

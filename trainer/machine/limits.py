@@ -3,9 +3,9 @@
 import mlx.core as mx
 
 from parallel.stages import machine_bytes
-from trainer.metrics.throughput import GIB
 from trainer.recipe.config import LimitsConfig
 
+GIB = 2**30
 # Of the memory that MLX may use. Below it, keeping the memory is cheaper than asking the system for it again.
 CACHE_SHARE = 0.25
 

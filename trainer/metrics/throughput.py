@@ -13,8 +13,7 @@ import mlx.nn as nn
 import comm
 from parallel import StepTimes, bubble_pct
 from parallel.wrapper import parallel_state
-
-GIB = 2**30
+from trainer.machine.limits import GIB
 
 
 class Throughput:
