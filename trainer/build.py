@@ -26,7 +26,6 @@ from parallel import (
 )
 from parallel.resolve import check_plan, plan_for
 from parallel.row_threads import RowThreads
-from trainer.adapters import load_into, read_adapter
 from trainer.agreement import together
 from trainer.batches import Share, TrainingBatches
 from trainer.data import (
@@ -40,21 +39,22 @@ from trainer.data import (
     plan_packed,
 )
 from trainer.evaluation import Evaluator
-from trainer.flops import token_flops
 from trainer.layers.checkpointing import checkpoint_layers
 from trainer.layers.lora_matmul import use_fast_lora
 from trainer.layers.prepare import prepare_for_training
 from trainer.layers.segments import packing_supported
-from trainer.loading import (
+from trainer.loss import TokenLoss
+from trainer.machine.facts import row_threads
+from trainer.model.adapters import load_into, read_adapter
+from trainer.model.flops import token_flops
+from trainer.model.loading import (
     BaseModel,
     materialize,
     num_embeddings,
     open_model,
     open_tokenizer,
 )
-from trainer.lora import DropoutKeys, LoRASpec, attach, find_targets, limits_on_experts
-from trainer.loss import TokenLoss
-from trainer.machine.facts import row_threads
+from trainer.model.lora import DropoutKeys, LoRASpec, attach, find_targets, limits_on_experts
 from trainer.optim import Optimizer
 from trainer.recipe.config import ModelConfig, ParallelConfig, Recipe
 from trainer.recipe.paths import require_paths

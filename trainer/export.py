@@ -22,15 +22,15 @@ from trainer.card import model_card
 from trainer.data import corpus
 from trainer.files.storage import atomic_folder, explain, write_json
 from trainer.files.tensor_files import write_tensor_file
-from trainer.loading import (
+from trainer.machine.blas import load_fast_blas
+from trainer.model.loading import (
     BaseModel,
     materialize,
     open_model,
     open_tokenizer,
     source_folder,
 )
-from trainer.lora import DropoutKeys, LoRASpec
-from trainer.machine.blas import load_fast_blas
+from trainer.model.lora import DropoutKeys, LoRASpec
 from trainer.output import write_model
 from trainer.peft import TEXT_CLASS_TYPES, adapter_config, adapter_tensors
 from trainer.recipe.config import Recipe

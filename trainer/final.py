@@ -19,7 +19,7 @@ from trainer.agreement import together
 from trainer.build import Parts
 from trainer.checkpoint import Checkpoint, CheckpointError, CheckpointFolder
 from trainer.files.storage import atomic_file, explain, read_json, write_json
-from trainer.loading import source_folder
+from trainer.model.loading import source_folder
 from trainer.output import (
     ADAPTERS_FILE,
     RESULT_FILE,

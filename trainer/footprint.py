@@ -23,7 +23,7 @@ from mlx_lm.tuner.lora import LoRASwitchLinear
 from parallel import hidden_and_head
 from parallel.stages import check_stages, even_split, memory_split
 from trainer.liveness import Buffer, Lifetimes, lifetimes
-from trainer.lora import EXPERTS
+from trainer.model.lora import EXPERTS
 from trainer.optim import Optimizer
 from trainer.placement import Part, Placement
 from trainer.recipe.config import Recipe

@@ -8,7 +8,7 @@ import mlx.nn as nn
 
 from parallel import hidden_and_head
 from trainer.layers.linear_cross_entropy import linear_cross_entropy
-from trainer.lora import DropoutKeys
+from trainer.model.lora import DropoutKeys
 
 
 class TokenLoss:

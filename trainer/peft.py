@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from trainer.lora import EMBEDDINGS, LoRASpec
+from trainer.model.lora import EMBEDDINGS, LoRASpec
 
 PREFIX = "base_model.model."
 # Model types with a vision tower of which AutoModelForCausalLM builds the language model alone.

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from trainer.flops import TokenFlops, token_flops
 from trainer.footprint import Footprint, Footprints
 from trainer.machine.limits import GIB
+from trainer.model.flops import TokenFlops, token_flops
 from trainer.recipe.config import Recipe
 from trainer.recipe.load import load_recipe
 from trainer.recipe.rules import MeshSizes, resolve_batch, resolve_mesh

@@ -11,7 +11,6 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 import comm
 from parallel.layout import model_layout, slice_tensors
-from trainer.adapters import misfits
 from trainer.agreement import broadcast_tensors, together
 from trainer.build import Notice
 from trainer.checkpoint import (
@@ -22,6 +21,7 @@ from trainer.checkpoint import (
 )
 from trainer.files.storage import read_json
 from trainer.files.tensor_files import read_tensor_file
+from trainer.model.adapters import misfits
 from trainer.output import ADAPTER_CONFIG_FILE, ADAPTERS_FILE
 from trainer.recipe.config import Recipe
 from trainer.recipe.load import load_recipe, recipe_from

@@ -19,7 +19,7 @@ from trainer.agreement import broadcast_tensors, together
 from trainer.build import Parts
 from trainer.checkpoint import Checkpoint, CheckpointError, CheckpointFolder
 from trainer.files.storage import atomic_file, read_json, write_json
-from trainer.loading import model_dtype, source_folder
+from trainer.model.loading import model_dtype, source_folder
 from trainer.output import RESULT_FILE
 from trainer.progress import WATCHDOG_ROWS, Progress
 from trainer.recipe.config import Recipe

@@ -23,7 +23,6 @@ from trainer.build import Parts, build
 from trainer.checkpoint import CheckpointFolder
 from trainer.files.storage import atomic_file, write_json
 from trainer.final import discard, finish, is_written, result_path
-from trainer.flops import peak_tflops
 from trainer.lock import sole_run
 from trainer.loop import Due, Hooks, Loop
 from trainer.machine.blas import blas_hint
@@ -34,6 +33,7 @@ from trainer.metrics.terminal import TerminalSink
 from trainer.metrics.throughput import Throughput, memory_of_ranks
 from trainer.metrics.tracing import Profiler
 from trainer.metrics.wandb_sink import WandbSink, wandb_mode
+from trainer.model.flops import peak_tflops
 from trainer.optim import learning_rate
 from trainer.progress import WATCHDOG_ROWS, Progress, StopRules
 from trainer.recipe.config import Recipe

@@ -23,9 +23,9 @@ from trainer.build import prepare_model
 from trainer.files.storage import read_json
 from trainer.layers.checkpointing import checkpoint_layers
 from trainer.layers.segments import packing_supported
-from trainer.loading import BaseModel, open_model
-from trainer.lora import DropoutKeys
 from trainer.loss import TokenLoss
+from trainer.model.loading import BaseModel, open_model
+from trainer.model.lora import DropoutKeys
 from trainer.recipe.config import ModelConfig, Recipe
 from trainer.recipe.paths import require_paths
 from trainer.recipe.rules import MeshSizes

@@ -7,8 +7,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from tiny import make
-from trainer.flops import peak_tflops, token_flops
-from trainer.lora import DropoutKeys, LoRASpec, attach, find_targets
+from trainer.model.flops import peak_tflops, token_flops
+from trainer.model.lora import DropoutKeys, LoRASpec, attach, find_targets
 from trainer.traced_graph import trace
 
 MLP = 3 * 32 * 48

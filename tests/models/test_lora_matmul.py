@@ -11,7 +11,7 @@ from tiny import make
 from trainer.layers.checkpointing import checkpoint_layers
 from trainer.layers.lora_matmul import use_fast_lora
 from trainer.layers.prepare import prepare_for_training
-from trainer.lora import DropoutKeys, LoRASpec, attach, find_targets
+from trainer.model.lora import DropoutKeys, LoRASpec, attach, find_targets
 
 BASES = {
     "linear": lambda: nn.Linear(64, 48, bias=False),

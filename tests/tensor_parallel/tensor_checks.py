@@ -18,7 +18,7 @@ from parallel.plans import PLANS, BlockPlan, ModelPlan, rows
 from tensor_cases import batch, first_gradients, relative_error, worst
 from tensor_models import add_adapters, make_model, prepare, randomize_adapters
 from trainer.data import build_tokenizer
-from trainer.lora import DropoutKeys, LoRASpec, attach, find_targets
+from trainer.model.lora import DropoutKeys, LoRASpec, attach, find_targets
 
 
 class Recorder:

@@ -16,7 +16,7 @@ from trainer.layers.checkpointing import checkpoint_layers
 from trainer.layers.linear_cross_entropy import linear_cross_entropy
 from trainer.layers.lora_matmul import use_fast_lora
 from trainer.layers.prepare import prepare_for_training
-from trainer.lora import DropoutKeys, LoRASpec, attach, find_targets
+from trainer.model.lora import DropoutKeys, LoRASpec, attach, find_targets
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tiny import make

@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from trainer.files.storage import read_json
 from trainer.files.tensor_files import read_tensor_file
-from trainer.lora import LoRASpec, is_adapter
+from trainer.model.lora import LoRASpec, is_adapter
 
 PEFT_SUFFIXES = {
     "lora_A.weight": "lora_a",
