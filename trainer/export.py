@@ -17,7 +17,6 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import dequantize_model, load_model
 
 import comm
-from trainer.build import prepare_method
 from trainer.card import model_card
 from trainer.data import corpus
 from trainer.files.storage import atomic_folder, explain, write_json
@@ -31,6 +30,7 @@ from trainer.model.loading import (
     source_folder,
 )
 from trainer.model.lora import DropoutKeys, LoRASpec
+from trainer.model.method import prepare_method
 from trainer.output import write_model
 from trainer.peft import TEXT_CLASS_TYPES, adapter_config, adapter_tensors
 from trainer.recipe.config import Recipe

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 import comm
-from trainer.build import Parts, open_parts, pad_token
+from trainer.build import Parts, open_parts
 from trainer.data import BadRows, PlannedBatch, TokenizedRows, collate, load_splits
 from trainer.data.encode import plain_tokenizer
+from trainer.model.loading import pad_token
 from trainer.recipe.config import Recipe
 from trainer.recipe.rules import resolve_mesh
 from trainer.shapes import open_shapes

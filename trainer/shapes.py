@@ -19,13 +19,13 @@ from mlx.utils import tree_flatten
 
 from parallel.resolve import check_plan, plan_for
 from parallel.stages import check_split, check_stages
-from trainer.build import prepare_model
 from trainer.files.storage import read_json
 from trainer.layers.checkpointing import checkpoint_layers
 from trainer.layers.segments import packing_supported
 from trainer.loss import TokenLoss
 from trainer.model.loading import BaseModel, open_model
 from trainer.model.lora import DropoutKeys
+from trainer.model.method import prepare_model
 from trainer.recipe.config import ModelConfig, Recipe
 from trainer.recipe.paths import require_paths
 from trainer.recipe.rules import MeshSizes

@@ -163,6 +163,14 @@ def _check_vocabulary(base: BaseModel, vocab_size: int) -> None:
         raise ValueError(f"The tokenizer has {vocab_size} tokens, but the model's vocabulary only {described}.")
 
 
+def pad_token(tokenizer: TokenizerWrapper) -> int:
+    """Id that fills rows up: the tokenizer's padding token, else its end of text, else 0. It is never a target."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return token
+    return 0
+
+
 def num_embeddings(model: nn.Module) -> int:
     """Rows of the model's largest embedding, beyond which no token id may lie; the largest int64 where it has none."""
     kinds = (nn.Embedding, nn.QuantizedEmbedding)
