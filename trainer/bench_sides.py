@@ -20,14 +20,14 @@ from trainer.baseline import baseline_facts
 from trainer.bench_figures import SIDES, Measurement
 from trainer.build import Parts, build
 from trainer.data import TokenizedRows, corpus, load_splits
-from trainer.loop import Due, Hooks, Loop
 from trainer.machine.limits import GIB
 from trainer.metrics.throughput import Throughput
 from trainer.model.flops import peak_tflops
 from trainer.model.loading import materialize, open_model, open_tokenizer
 from trainer.model.lora import find_targets
-from trainer.progress import Progress
 from trainer.recipe.config import Recipe
+from trainer.training.loop import Due, Hooks, Loop
+from trainer.training.progress import Progress
 
 NEVER = 10**9
 

@@ -26,7 +26,6 @@ from parallel import (
 from parallel.resolve import check_plan, plan_for
 from parallel.row_threads import RowThreads
 from trainer.agreement import together
-from trainer.batches import Share, TrainingBatches
 from trainer.data import (
     PlannedBatch,
     Splits,
@@ -37,10 +36,8 @@ from trainer.data import (
     plan_epoch,
     plan_packed,
 )
-from trainer.evaluation import Evaluator
 from trainer.layers.checkpointing import checkpoint_layers
 from trainer.layers.segments import packing_supported
-from trainer.loss import TokenLoss
 from trainer.machine.facts import row_threads
 from trainer.model.flops import token_flops
 from trainer.model.loading import (
@@ -52,10 +49,13 @@ from trainer.model.loading import (
 )
 from trainer.model.lora import DropoutKeys, LoRASpec, limits_on_experts
 from trainer.model.method import prepare_model
-from trainer.optim import Optimizer
 from trainer.recipe.config import ModelConfig, ParallelConfig, Recipe
 from trainer.recipe.paths import require_paths
 from trainer.recipe.rules import BatchSizes, MeshSizes, resolve_batch, resolve_mesh
+from trainer.training.batches import Share, TrainingBatches
+from trainer.training.evaluation import Evaluator
+from trainer.training.loss import TokenLoss
+from trainer.training.optim import Optimizer
 
 Notice = Callable[[str], None]
 

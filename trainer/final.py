@@ -27,7 +27,7 @@ from trainer.output import (
     write_adapters,
     write_model,
 )
-from trainer.progress import Progress
+from trainer.training.progress import Progress
 
 Notice = Callable[[str], None]
 

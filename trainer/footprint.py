@@ -24,12 +24,12 @@ from parallel import hidden_and_head
 from parallel.stages import check_stages, even_split, memory_split
 from trainer.liveness import Buffer, Lifetimes, lifetimes
 from trainer.model.lora import EXPERTS
-from trainer.optim import Optimizer
 from trainer.placement import Part, Placement
 from trainer.recipe.config import Recipe
 from trainer.recipe.rules import MeshSizes
 from trainer.shapes import PlannedModel
 from trainer.traced_graph import trace
+from trainer.training.optim import Optimizer
 
 # Buffers of MLX's ring backend, and a bucket of gradients, per group; comm chooses buckets of about this size.
 _GROUP_BYTES = 32 * 2**20

@@ -21,10 +21,10 @@ from trainer.checkpoint import Checkpoint, CheckpointError, CheckpointFolder
 from trainer.files.storage import atomic_file, read_json, write_json
 from trainer.model.loading import model_dtype, source_folder
 from trainer.output import RESULT_FILE
-from trainer.progress import WATCHDOG_ROWS, Progress
 from trainer.recipe.config import Recipe
 from trainer.recipe.load import flattened
 from trainer.recipe.rules import resolve_batch
+from trainer.training.progress import WATCHDOG_ROWS, Progress
 from trainer.weights_digest import weights_digest
 
 FREE_SECTIONS = ("optimizer", "schedule", "epochs", "max_steps", "max_grad_norm", "gradient_checkpointing")

@@ -24,7 +24,6 @@ from trainer.checkpoint import CheckpointFolder
 from trainer.files.storage import atomic_file, write_json
 from trainer.final import discard, finish, is_written, result_path
 from trainer.lock import sole_run
-from trainer.loop import Due, Hooks, Loop
 from trainer.machine.blas import blas_hint
 from trainer.machine.facts import MACHINE_FILE, machine_facts
 from trainer.machine.limits import apply_limits, clear_large_cache
@@ -34,13 +33,14 @@ from trainer.metrics.throughput import Throughput, memory_of_ranks
 from trainer.metrics.tracing import Profiler
 from trainer.metrics.wandb_sink import WandbSink, wandb_mode
 from trainer.model.flops import peak_tflops
-from trainer.optim import learning_rate
-from trainer.progress import WATCHDOG_ROWS, Progress, StopRules
 from trainer.recipe.config import Recipe
 from trainer.recipe.load import load_recipe, to_yaml
 from trainer.recipe.paths import found_from_anywhere, require_writable
 from trainer.recipe.rules import resolve_mesh, validation_warnings, warnings
-from trainer.requests import CheckpointTrigger, Stop
+from trainer.training.loop import Due, Hooks, Loop
+from trainer.training.optim import learning_rate
+from trainer.training.progress import WATCHDOG_ROWS, Progress, StopRules
+from trainer.training.requests import CheckpointTrigger, Stop
 
 
 def main(arguments: argparse.Namespace) -> int:

@@ -22,13 +22,13 @@ from parallel.stages import check_split, check_stages
 from trainer.files.storage import read_json
 from trainer.layers.checkpointing import checkpoint_layers
 from trainer.layers.segments import packing_supported
-from trainer.loss import TokenLoss
 from trainer.model.loading import BaseModel, open_model
 from trainer.model.lora import DropoutKeys
 from trainer.model.method import prepare_model
 from trainer.recipe.config import ModelConfig, Recipe
 from trainer.recipe.paths import require_paths
 from trainer.recipe.rules import MeshSizes
+from trainer.training.loss import TokenLoss
 
 _GROUP_SIZES = {"mxfp4": 32, "mxfp8": 32, "nvfp4": 16, "affine": 64}
 # Formats of `quantization_config` that name the format only; the bits and mode that MLX gives them.

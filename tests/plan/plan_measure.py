@@ -12,11 +12,11 @@ from parallel import value_and_grad
 from trainer.build import wrap
 from trainer.footprint import Footprints
 from trainer.layers.checkpointing import checkpoint_layers
-from trainer.loop import clipped_gradients
-from trainer.optim import Optimizer
 from trainer.recipe.config import Recipe
 from trainer.recipe.rules import resolve_mesh
 from trainer.shapes import planned_model
+from trainer.training.loop import clipped_gradients
+from trainer.training.optim import Optimizer
 
 
 @dataclass

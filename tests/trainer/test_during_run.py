@@ -22,11 +22,11 @@ from trainer.checkpoint import open_checkpoint
 from trainer.export import open_run
 from trainer.machine.facts import limits
 from trainer.metrics.rows import read_rows
-from trainer.progress import Progress, StopRules
 from trainer.recipe.config import LimitsConfig
 from trainer.recipe.load import to_yaml
 from trainer.result import recipe_of
 from trainer.run import Stop, train
+from trainer.training.progress import Progress, StopRules
 
 ROOT = Path(__file__).parents[2]
 # Validation loss after each step: best at step 3, and no better in the three validations after it.

@@ -8,10 +8,10 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 import comm
 from parallel import evaluate
 from trainer.answers import Answer, answer_rows
-from trainer.batches import Share, evaluation_batches
 from trainer.data import PlannedBatch, TokenizedRows
-from trainer.loss import TokenLoss
 from trainer.recipe.config import EvalConfig
+from trainer.training.batches import Share, evaluation_batches
+from trainer.training.loss import TokenLoss
 
 
 class Evaluator:

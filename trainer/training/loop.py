@@ -17,10 +17,10 @@ import comm
 from parallel import Span, StepTimes, clip_grad_norm
 from parallel.api import Batch, Step
 from parallel.wrapper import parallel_state
-from trainer.batches import StepData, TrainingBatches
 from trainer.metrics.throughput import Throughput, communication_row, memory_row
-from trainer.optim import Optimizer
-from trainer.progress import Progress, StopRules
+from trainer.training.batches import StepData, TrainingBatches
+from trainer.training.optim import Optimizer
+from trainer.training.progress import Progress, StopRules
 
 
 def clipped_gradients(
