@@ -14,9 +14,9 @@ from mlx_lm.sample_utils import make_sampler
 
 import comm
 from trainer.agreement import end_on_interrupt
-from trainer.answers import answer_rows
 from trainer.build import Parts, build
 from trainer.data import training_format
+from trainer.generation.answers import answer_rows
 from trainer.metrics.streams import harmless
 from trainer.recipe.problems import AgreedUserError
 from trainer.result import load_result, notice_on_stderr, shared_recipe

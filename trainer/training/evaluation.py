@@ -7,8 +7,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import comm
 from parallel import evaluate
-from trainer.answers import Answer, answer_rows
 from trainer.data import PlannedBatch, TokenizedRows
+from trainer.generation.answers import Answer, answer_rows
 from trainer.recipe.config import EvalConfig
 from trainer.training.batches import Share, evaluation_batches
 from trainer.training.loss import TokenLoss
