@@ -1,6 +1,6 @@
 """`python -m trainer plan`: what a recipe needs on each rank, whether it fits, and which mesh is the cheapest.
 
-Needs the model's config only. Bytes are those of `trainer.footprint`; the time of a step is an estimate, from
+Needs the model's config only. Bytes are those of `trainer.memory.footprint`; the time of a step is an estimate, from
 the compute rate and the link that the user gives, and serves to compare meshes with one another.
 """
 
@@ -13,13 +13,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from trainer.footprint import Footprint, Footprints
 from trainer.machine.limits import GIB
+from trainer.memory.footprint import Footprint, Footprints
+from trainer.memory.shapes import PlannedModel, planned_model
 from trainer.model.flops import TokenFlops, token_flops
 from trainer.recipe.config import Recipe
 from trainer.recipe.load import load_recipe
 from trainer.recipe.rules import MeshSizes, resolve_batch, resolve_mesh
-from trainer.shapes import PlannedModel, planned_model
 
 # Part of a machine's memory that a run may count on; macOS lets a GPU wire about this much.
 _USABLE = 0.75

@@ -16,10 +16,10 @@ import comm
 from trainer.build import Parts, open_parts
 from trainer.data import BadRows, PlannedBatch, TokenizedRows, collate, load_splits
 from trainer.data.encode import plain_tokenizer
+from trainer.memory.shapes import open_shapes
 from trainer.model.loading import pad_token
 from trainer.recipe.config import Recipe
 from trainer.recipe.rules import resolve_mesh
-from trainer.shapes import open_shapes
 
 NUM_EXTREMES = 5
 NUM_BINS = 16

@@ -12,8 +12,8 @@ from mlx.utils import tree_flatten
 from tiny import CONFIGS, make
 from trainer.layers.lora_matmul import use_fast_lora
 from trainer.layers.prepare import prepare_for_training
+from trainer.memory.traced_graph import trace
 from trainer.model.lora import DropoutKeys, LoRASpec, attach, find_targets
-from trainer.traced_graph import trace
 from trainer.training.loss import TokenLoss
 
 ARCHITECTURES = ("llama", "qwen3_5")

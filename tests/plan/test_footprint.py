@@ -6,7 +6,7 @@ import pytest
 import comm
 from plan_measure import measure
 from test_placement import CONFIGS, QWEN3, make
-from trainer.footprint import Footprints
+from trainer.memory.footprint import Footprints
 from trainer.recipe.rules import MeshSizes
 
 # 52 M parameters: 206 MiB in float32.

@@ -8,11 +8,11 @@ from mlx.utils import tree_flatten
 
 from parallel import TensorParallel
 from parallel.stages import even_split
-from trainer.placement import Placement
+from trainer.memory.placement import Placement
+from trainer.memory.shapes import planned_model
 from trainer.plan import meshes
 from trainer.recipe.load import recipe_from
 from trainer.recipe.rules import MeshSizes
-from trainer.shapes import planned_model
 
 QWEN3 = {
     "model_type": "qwen3",

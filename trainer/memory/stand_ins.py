@@ -2,7 +2,7 @@
 
 MLX cannot tell the operations of `mx.custom_function`, nor of `mx.checkpoint`, which is one. A stand-in runs
 the forward pass as it is, traces the backward pass right away for a made-up cotangent, and leaves markers from
-which `trainer.traced_graph` finds the place of both in the whole graph.
+which `trainer.memory.traced_graph` finds the place of both in the whole graph.
 
 A marker is a Hadamard transform of a number whose scale is a unique code: no model uses one, it can be
 exported, and its gradient is again a Hadamard transform with that scale.

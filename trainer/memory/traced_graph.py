@@ -1,6 +1,6 @@
 """The whole graph of a computation, functions with a hand-written gradient included, without evaluating anything.
 
-They are traced with stand-ins (`trainer.stand_ins`), whose backward passes are put here where their markers say.
+They are traced with stand-ins (`trainer.memory.stand_ins`), whose backward passes are put here where their markers say.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from unittest import mock
 
 import mlx.core as mx
 
-from trainer.graph import Graph, Operation, exported
-from trainer.stand_ins import Call, StandIns
+from trainer.memory.graph import Graph, Operation, exported
+from trainer.memory.stand_ins import Call, StandIns
 
 # Between a marker and the array that it stands for.
 _MARKER_STEPS = ("Reduce", "Squeeze", "ExpandDims", "Broadcast", "AsType", "Reshape")

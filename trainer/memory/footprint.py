@@ -1,6 +1,6 @@
 """Memory of one rank of a run, from shapes: weights, gradients, optimizer, and what a step needs beside them.
 
-The first three are exact. The rest comes from the graph of one training step (`trainer.liveness`), traced
+The first three are exact. The rest comes from the graph of one training step (`trainer.memory.liveness`), traced
 once on one device and scaled to the mesh: a pipeline stage keeps its layers' share for each micro-batch in
 flight, and tensor parallelism divides all but the residual stream.
 
@@ -22,13 +22,13 @@ from mlx_lm.tuner.lora import LoRASwitchLinear
 
 from parallel import hidden_and_head
 from parallel.stages import check_stages, even_split, memory_split
-from trainer.liveness import Buffer, Lifetimes, lifetimes
+from trainer.memory.liveness import Buffer, Lifetimes, lifetimes
+from trainer.memory.placement import Part, Placement
+from trainer.memory.shapes import PlannedModel
+from trainer.memory.traced_graph import trace
 from trainer.model.lora import EXPERTS
-from trainer.placement import Part, Placement
 from trainer.recipe.config import Recipe
 from trainer.recipe.rules import MeshSizes
-from trainer.shapes import PlannedModel
-from trainer.traced_graph import trace
 from trainer.training.optim import Optimizer
 
 # Buffers of MLX's ring backend, and a bucket of gradients, per group; comm chooses buckets of about this size.

@@ -1,6 +1,6 @@
 """The operations of a computation with the shapes of all arrays, as MLX tells them; nothing is evaluated.
 
-MLX cannot tell those of functions with a hand-written gradient; `trainer.traced_graph` can.
+MLX cannot tell those of functions with a hand-written gradient; `trainer.memory.traced_graph` can.
 """
 
 from __future__ import annotations
