@@ -46,6 +46,7 @@ from trainer.model.loading import (
     num_embeddings,
     open_model,
     open_tokenizer,
+    pad_token,
 )
 from trainer.model.lora import DropoutKeys, LoRASpec, limits_on_experts
 from trainer.model.method import prepare_model

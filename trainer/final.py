@@ -14,10 +14,10 @@ from mlx.utils import tree_flatten
 
 import comm
 from parallel.layout import gather_tensors, model_layout
-from trainer import resume
 from trainer.agreement import together
 from trainer.build import Parts
-from trainer.checkpoint import Checkpoint, CheckpointError, CheckpointFolder
+from trainer.checkpoint.folder import Checkpoint, CheckpointError, CheckpointFolder
+from trainer.checkpoint.state import load_weights
 from trainer.files.storage import atomic_file, explain, read_json, write_json
 from trainer.model.loading import source_folder
 from trainer.output import (
@@ -67,7 +67,7 @@ def finish(parts: Parts, folder: CheckpointFolder, progress: Progress, notice: N
     if parts.recipe.eval.patience and progress.best_step not in (None, step):
         best = _open_best(folder, progress.best_step, notice) if world.rank == 0 else None
         if comm.broadcast_object(best is not None, world):
-            resume.load_weights(parts, best)
+            load_weights(parts, best)
             step = progress.best_step
     facts = {"run": progress.run, "step": progress.step, "weights_step": step, "eval_loss": progress.best_loss}
     # An error on rank 0 leaves out no gather, so that the ranks can agree about it afterwards.

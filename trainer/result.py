@@ -13,7 +13,7 @@ import comm
 from parallel.layout import model_layout, slice_tensors
 from trainer.agreement import broadcast_tensors, together
 from trainer.build import Notice
-from trainer.checkpoint import (
+from trainer.checkpoint.folder import (
     CheckpointError,
     CheckpointFolder,
     follow_best,

@@ -16,14 +16,14 @@ import comm
 from parallel import Span
 from parallel.layout import model_layout
 from parallel.wrapper import parallel_state
-from trainer import resume
 from trainer.agreement import require_same, together
 from trainer.baseline import BaselineSink, baseline_facts, read_baseline
 from trainer.build import Parts, build
-from trainer.checkpoint import CheckpointFolder
+from trainer.checkpoint.folder import CheckpointFolder
+from trainer.checkpoint.lock import sole_run
+from trainer.checkpoint.state import differences, find_checkpoint, keep_global_batch, restore, save_checkpoint
 from trainer.files.storage import atomic_file, write_json
 from trainer.final import discard, finish, is_written, result_path
-from trainer.lock import sole_run
 from trainer.machine.blas import blas_hint
 from trainer.machine.facts import MACHINE_FILE, machine_facts
 from trainer.machine.limits import apply_limits, clear_large_cache
@@ -74,16 +74,16 @@ def train(recipe: Recipe, world: comm.Group, stop: Stop, notices: list[str]) -> 
 
 def _train(recipe: Recipe, world: comm.Group, output_dir: Path | None, stop: Stop, notices: list[str]) -> int:
     folder = CheckpointFolder(output_dir and output_dir / "checkpoints", recipe.checkpoint.keep_last)
-    found = resume.find(recipe, folder, world, notices.append)
-    recipe, batch_dp = resume.keep_global_batch(recipe, found, resolve_mesh(recipe.parallel, world.size).dp)
+    found = find_checkpoint(recipe, folder, world, notices.append)
+    recipe, batch_dp = keep_global_batch(recipe, found, resolve_mesh(recipe.parallel, world.size).dp)
     # A rank may take long over these; none is given up as hanging meanwhile.
     with world.progress.long_phase("loading"):
         parts = build(recipe, world, notices.append, batch_dp)
         require_same(world, parts.digests())
-        progress = resume.restore(parts, folder, found, notices.append)
+        progress = restore(parts, folder, found, notices.append)
     rules = StopRules(recipe.eval.patience, recipe.limits.loss_watchdog)
     if progress.step >= parts.total_steps or rules.is_patience_used_up(progress):
-        return _already_finished(parts, folder, progress, resume.differences(found, recipe))
+        return _already_finished(parts, folder, progress, differences(found, recipe))
     together(world, lambda: discard(output_dir))
     metrics = together(world, lambda: _open_metrics(parts, output_dir, progress.step, stop))
     unread = validation_warnings(recipe) if parts.splits.valid is None else []
@@ -119,7 +119,7 @@ def make_hooks(
 
     def save(progress: Progress) -> None:
         with parts.world.progress.long_phase("saving"):
-            resume.save(parts, folder, progress)
+            save_checkpoint(parts, folder, progress)
         trigger.done()
         clear_large_cache(limits)
 

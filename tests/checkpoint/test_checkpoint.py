@@ -13,7 +13,7 @@ import mlx.core as mx
 import pytest
 from safetensors import safe_open
 
-from trainer.checkpoint import CheckpointError, CheckpointFolder, open_checkpoint
+from trainer.checkpoint.folder import CheckpointError, CheckpointFolder, open_checkpoint
 from trainer.files.storage import atomic_file, file_record
 from trainer.files.tensor_files import write_tensors
 
@@ -273,7 +273,7 @@ KILLED = """
 import sys
 from pathlib import Path
 import mlx.core as mx
-from trainer.checkpoint import CheckpointFolder
+from trainer.checkpoint.folder import CheckpointFolder
 folder = CheckpointFolder(Path(sys.argv[1]), keep_last=2)
 tensors = {f"t{i}": mx.full((50_000,), i) for i in range(20)}
 for step in range(1, 10_000):

@@ -18,7 +18,7 @@ import comm
 from tiny_recipes import run_apart, tiny_recipe, write_rows
 from trainer import run
 from trainer.baseline import read_baseline, write_baseline
-from trainer.checkpoint import open_checkpoint
+from trainer.checkpoint.folder import open_checkpoint
 from trainer.export import open_run
 from trainer.machine.facts import limits
 from trainer.metrics.rows import read_rows

@@ -152,7 +152,7 @@ def test_what_does_not_reach_experts_is_said(rows, tmp_path, changes, said):
 def test_folder_of_a_living_run_is_refused(rows, tmp_path):
     """Catches two runs that write one folder, a lock that outlives a killed run, and a rank that is not told."""
     recipe = tiny_recipe(rows, tmp_path / "run", max_steps=2)
-    ready = "import comm, pathlib, sys, time; from trainer.lock import sole_run\n"
+    ready = "import comm, pathlib, sys, time; from trainer.checkpoint.lock import sole_run\n"
     hold = ready + "with sole_run(comm.solo(), pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     holder = subprocess.Popen([sys.executable, "-c", hold, recipe.output_dir], stdout=subprocess.PIPE, text=True)
     try:

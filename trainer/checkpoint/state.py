@@ -17,7 +17,8 @@ import comm
 from parallel.layout import ParameterLayout, gather_tensors, model_layout, slice_tensors
 from trainer.agreement import broadcast_tensors, together
 from trainer.build import Parts
-from trainer.checkpoint import Checkpoint, CheckpointError, CheckpointFolder
+from trainer.checkpoint.folder import Checkpoint, CheckpointError, CheckpointFolder
+from trainer.checkpoint.weights_digest import weights_digest
 from trainer.files.storage import atomic_file, read_json, write_json
 from trainer.model.loading import model_dtype, source_folder
 from trainer.output import RESULT_FILE
@@ -25,7 +26,6 @@ from trainer.recipe.config import Recipe
 from trainer.recipe.load import flattened
 from trainer.recipe.rules import resolve_batch
 from trainer.training.progress import WATCHDOG_ROWS, Progress
-from trainer.weights_digest import weights_digest
 
 FREE_SECTIONS = ("optimizer", "schedule", "epochs", "max_steps", "max_grad_norm", "gradient_checkpointing")
 RUN_FILE = ".run"
@@ -47,7 +47,7 @@ class Found:
     run: int = 0
 
 
-def save(parts: Parts, folder: CheckpointFolder, progress: Progress) -> None:
+def save_checkpoint(parts: Parts, folder: CheckpointFolder, progress: Progress) -> None:
     """Write a checkpoint: trainable weights, optimizer state, and what continues the plan. Every rank calls it.
 
     With a patience the best one stays beside the last ones. A run that is given up loses none: what it learned lately
@@ -78,7 +78,7 @@ def save(parts: Parts, folder: CheckpointFolder, progress: Progress) -> None:
     together(parts.world, lambda: folder.save(progress.step, files, state, keep_all=given_up))
 
 
-def find(recipe: Recipe, folder: CheckpointFolder, world: comm.Group, notice: Notice) -> Found:
+def find_checkpoint(recipe: Recipe, folder: CheckpointFolder, world: comm.Group, notice: Notice) -> Found:
     """The checkpoint that `checkpoint.resume` means; rank 0 looks, every rank gets its state.
 
     Raises:
@@ -177,7 +177,7 @@ def restore(parts: Parts, folder: CheckpointFolder, found: Found, notice: Notice
     Args:
         parts: freshly built.
         folder: of the run's checkpoints.
-        found: from `find`.
+        found: from `find_checkpoint`.
         notice: gets one line per change of settings.
 
     Returns:
