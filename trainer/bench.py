@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from trainer.bench_figures import SIDES, Measurement, table
+from trainer.bench.figures import SIDES, Measurement, table
 from trainer.recipe.config import Recipe
 from trainer.recipe.load import load_recipe
 
@@ -52,7 +52,7 @@ def _require_one_process() -> None:
 
 
 def _record(output_dir: Path, measured: Measurement) -> None:
-    from trainer.baseline import write_baseline
+    from trainer.bench.baseline import write_baseline
 
     try:
         path = write_baseline(output_dir, measured.facts or {}, measured.tokens_per_sec, "bench")
@@ -81,7 +81,7 @@ def _best(side: str, arguments: argparse.Namespace) -> Measurement:
 
 def _measure(side: str, recipe: Recipe, arguments: argparse.Namespace) -> Measurement | None:
     """This process's measurement; None on ranks other than 0."""
-    from trainer import bench_sides
+    from trainer.bench import sides as bench_sides
 
     measure = bench_sides.measure_trainer if side == SIDES[0] else bench_sides.measure_mlx_lm
     with tempfile.TemporaryDirectory() as scratch:

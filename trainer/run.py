@@ -17,7 +17,7 @@ from parallel import Span
 from parallel.layout import model_layout
 from parallel.wrapper import parallel_state
 from trainer.agreement import require_same, together
-from trainer.baseline import BaselineSink, baseline_facts, read_baseline
+from trainer.bench.baseline import BaselineSink, baseline_facts, read_baseline
 from trainer.build import Parts, build
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.lock import sole_run

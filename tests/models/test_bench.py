@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from trainer.__main__ import main
-from trainer.bench_figures import Measurement, table
+from trainer.bench.figures import Measurement, table
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = """

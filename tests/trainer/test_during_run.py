@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 import comm
 from tiny_recipes import run_apart, tiny_recipe, write_rows
 from trainer import run
-from trainer.baseline import read_baseline, write_baseline
+from trainer.bench.baseline import read_baseline, write_baseline
 from trainer.checkpoint.folder import open_checkpoint
 from trainer.export import open_run
 from trainer.machine.facts import limits

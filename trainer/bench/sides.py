@@ -16,8 +16,8 @@ from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import comm
-from trainer.baseline import baseline_facts
-from trainer.bench_figures import SIDES, Measurement
+from trainer.bench.baseline import baseline_facts
+from trainer.bench.figures import SIDES, Measurement
 from trainer.build import Parts, build
 from trainer.data import TokenizedRows, corpus, load_splits
 from trainer.machine.limits import GIB
