@@ -11,10 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from trainer.metrics.terminal import Output
-from trainer.preview import Document, Preview, preview, visible
-from trainer.preview_page import preview_page
 from trainer.recipe.load import load_recipe
 from trainer.recipe.paths import require_paths
+from trainer.reports.preview import Document, Preview, preview, visible
+from trainer.reports.preview_page import preview_page
 
 LEARNED, OTHER, NOTE = "bold green", "dim", "cyan"
 # Where there is no colour, learned tokens stand between these.

@@ -13,7 +13,10 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from trainer.charts import (
+from trainer.files.storage import read_json
+from trainer.metrics.rows import STEP_KEY, read_rows
+from trainer.recipe.load import flattened
+from trainer.reports.charts import (
     PALETTE,
     Point,
     Series,
@@ -22,10 +25,7 @@ from trainer.charts import (
     smooth,
     stacked_bars,
 )
-from trainer.files.storage import read_json
-from trainer.metrics.rows import STEP_KEY, read_rows
-from trainer.recipe.load import flattened
-from trainer.report_page import chart_card, folded, page, section, table
+from trainer.reports.page import chart_card, folded, page, section, table
 
 PER_DEVICE = "throughput/tokens_per_sec_per_device"
 # title, row key, from zero, logarithmic where spread wide

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from trainer.charts import histogram
-from trainer.preview import Document, Line, Piece, Preview, visible
-from trainer.report_page import page, section, table
+from trainer.reports.charts import histogram
+from trainer.reports.page import page, section, table
+from trainer.reports.preview import Document, Line, Piece, Preview, visible
 
 
 def preview_page(shown: Preview) -> str:
