@@ -6,7 +6,7 @@ import comm
 from trainer.agreement import end_on_interrupt
 from trainer.build import build
 from trainer.recipe.problems import AgreedUserError
-from trainer.result import load_result, notice_on_stderr, shared_recipe
+from trainer.results.opened import load_result, notice_on_stderr, shared_recipe
 
 
 def main(arguments: argparse.Namespace) -> int:

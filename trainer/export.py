@@ -17,7 +17,6 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import dequantize_model, load_model
 
 import comm
-from trainer.card import model_card
 from trainer.data import corpus
 from trainer.files.storage import atomic_folder, explain, write_json
 from trainer.files.tensor_files import write_tensor_file
@@ -31,11 +30,12 @@ from trainer.model.loading import (
 )
 from trainer.model.lora import DropoutKeys, LoRASpec
 from trainer.model.method import prepare_method
-from trainer.output import write_model
-from trainer.peft import TEXT_CLASS_TYPES, adapter_config, adapter_tensors
 from trainer.recipe.config import Recipe
 from trainer.recipe.problems import USER_ERRORS
-from trainer.result import load_result, recipe_of
+from trainer.results.card import model_card
+from trainer.results.mlx_lm_format import write_model
+from trainer.results.opened import load_result, recipe_of
+from trainer.results.peft_format import TEXT_CLASS_TYPES, adapter_config, adapter_tensors
 
 PROBE_SHAPE = (2, 32)  # rows and tokens on which a fused model is compared
 FLOAT32_TOLERANCE = 1e-4  # of the logits' spread

@@ -19,7 +19,7 @@ from trainer.data import training_format
 from trainer.generation.answers import answer_rows
 from trainer.metrics.streams import harmless
 from trainer.recipe.problems import AgreedUserError
-from trainer.result import load_result, notice_on_stderr, shared_recipe
+from trainer.results.opened import load_result, notice_on_stderr, shared_recipe
 
 END = "/exit"  # Open MPI 5's mpirun hands rank 0 its input but not the end of it (openpmix #4024)
 

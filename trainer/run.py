@@ -23,7 +23,6 @@ from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.lock import sole_run
 from trainer.checkpoint.state import differences, find_checkpoint, keep_global_batch, restore, save_checkpoint
 from trainer.files.storage import atomic_file, write_json
-from trainer.final import discard, finish, is_written, result_path
 from trainer.machine.blas import blas_hint
 from trainer.machine.facts import MACHINE_FILE, machine_facts
 from trainer.machine.limits import apply_limits, clear_large_cache
@@ -37,6 +36,7 @@ from trainer.recipe.config import Recipe
 from trainer.recipe.load import load_recipe, to_yaml
 from trainer.recipe.paths import found_from_anywhere, require_writable
 from trainer.recipe.rules import resolve_mesh, validation_warnings, warnings
+from trainer.results.final import discard, finish, is_written, result_path
 from trainer.training.loop import Due, Hooks, Loop
 from trainer.training.optim import learning_rate
 from trainer.training.progress import WATCHDOG_ROWS, Progress, StopRules

@@ -24,7 +24,7 @@ from trainer.machine.facts import limits
 from trainer.metrics.rows import read_rows
 from trainer.recipe.config import LimitsConfig
 from trainer.recipe.load import to_yaml
-from trainer.result import recipe_of
+from trainer.results.opened import recipe_of
 from trainer.run import Stop, train
 from trainer.training.progress import Progress, StopRules
 
@@ -284,7 +284,7 @@ def fill_disk(*arguments):
 def test_full_disk_under_the_result(rows, tmp_path, monkeypatch):
     """Catches a run that is lost, or called finished, because its result did not fit."""
     settings = tiny_recipe(rows, tmp_path, max_steps=2)
-    monkeypatch.setattr("trainer.output.write_tensor_file", fill_disk)
+    monkeypatch.setattr("trainer.results.mlx_lm_format.write_tensor_file", fill_disk)
     with pytest.raises(OSError, match="The result could not be written.*No space left on device.*step 2 is there"):
         train(settings, comm.solo(), Stop(), [])
     monkeypatch.undo()

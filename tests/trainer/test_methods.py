@@ -14,7 +14,7 @@ from tiny_recipes import MODELS, model_section, tiny_recipe, write_rows
 from trainer.__main__ import main
 from trainer.build import build
 from trainer.metrics.rows import read_rows
-from trainer.result import load_result
+from trainer.results.opened import load_result
 from trainer.run import Stop, train
 
 TOKENS = mx.array([[5, 9, 2, 7, 31, 8, 4, 11]])

@@ -21,10 +21,10 @@ from trainer.checkpoint.folder import Checkpoint, CheckpointError, CheckpointFol
 from trainer.checkpoint.weights_digest import weights_digest
 from trainer.files.storage import atomic_file, read_json, write_json
 from trainer.model.loading import model_dtype, source_folder
-from trainer.output import RESULT_FILE
 from trainer.recipe.config import Recipe
 from trainer.recipe.load import flattened
 from trainer.recipe.rules import resolve_batch
+from trainer.results.mlx_lm_format import RESULT_FILE
 from trainer.training.progress import WATCHDOG_ROWS, Progress
 
 FREE_SECTIONS = ("optimizer", "schedule", "epochs", "max_steps", "max_grad_norm", "gradient_checkpointing")

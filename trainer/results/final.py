@@ -20,7 +20,7 @@ from trainer.checkpoint.folder import Checkpoint, CheckpointError, CheckpointFol
 from trainer.checkpoint.state import load_weights
 from trainer.files.storage import atomic_file, explain, read_json, write_json
 from trainer.model.loading import source_folder
-from trainer.output import (
+from trainer.results.mlx_lm_format import (
     ADAPTERS_FILE,
     RESULT_FILE,
     adapter_config,

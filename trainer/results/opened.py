@@ -22,9 +22,9 @@ from trainer.checkpoint.folder import (
 from trainer.files.storage import read_json
 from trainer.files.tensor_files import read_tensor_file
 from trainer.model.adapters import misfits
-from trainer.output import ADAPTER_CONFIG_FILE, ADAPTERS_FILE
 from trainer.recipe.config import Recipe
 from trainer.recipe.load import load_recipe, recipe_from
+from trainer.results.mlx_lm_format import ADAPTER_CONFIG_FILE, ADAPTERS_FILE
 
 
 def shared_recipe(world: comm.Group, target: str, overrides: list[str]) -> Recipe:
