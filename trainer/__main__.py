@@ -27,8 +27,8 @@ from trainer.recipe.problems import (
     nearest,
     sentence,
 )
-from trainer.shipped import recipes_folder
-from trainer.verbs import VERBS
+from trainer.verbs.shipped import recipes_folder
+from trainer.verbs.table import VERBS
 
 # Set by mlx.launch and `python -m comm launch`, by JACCL, and by two families of mpirun.
 _RANK_VARIABLES = ("MLX_RANK", "JACCL_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from trainer.__main__ import main
-from trainer.dashboard import SECTIONS, build_workspace
 from trainer.metrics.rows import METRIC_KEYS, STEP_KEY
+from trainer.verbs.dashboard import SECTIONS, build_workspace
 
 
 def test_every_metric_has_a_panel() -> None:

@@ -7,7 +7,7 @@ from mlx.utils import tree_flatten
 
 import comm
 from tiny import make
-from trainer.run import _num_elements
+from trainer.verbs.run import _num_elements
 
 
 def test_a_quantized_model_counts_its_weights() -> None:

@@ -10,9 +10,9 @@ from parallel import TensorParallel
 from parallel.stages import even_split
 from trainer.memory.placement import Placement
 from trainer.memory.shapes import planned_model
-from trainer.plan import meshes
 from trainer.recipe.load import recipe_from
 from trainer.recipe.rules import MeshSizes
+from trainer.verbs.plan import meshes
 
 QWEN3 = {
     "model_type": "qwen3",

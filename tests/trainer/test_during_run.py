@@ -13,20 +13,20 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
+from trainer.bench.baseline import read_baseline, write_baseline
 
 import comm
 from tiny_recipes import run_apart, tiny_recipe, write_rows
-from trainer import run
-from trainer.bench.baseline import read_baseline, write_baseline
 from trainer.checkpoint.folder import open_checkpoint
-from trainer.export import open_run
 from trainer.machine.facts import limits
 from trainer.metrics.rows import read_rows
 from trainer.recipe.config import LimitsConfig
 from trainer.recipe.load import to_yaml
 from trainer.results.opened import recipe_of
-from trainer.run import Stop, train
 from trainer.training.progress import Progress, StopRules
+from trainer.verbs import run
+from trainer.verbs.export import open_run
+from trainer.verbs.run import Stop, train
 
 ROOT = Path(__file__).parents[2]
 # Validation loss after each step: best at step 3, and no better in the three validations after it.

@@ -11,8 +11,8 @@ import comm
 from ranks import ROOT
 from tiny_recipes import tiny_recipe, write_rows
 from trainer.__main__ import main
-from trainer.generate import END, _typed_lines
-from trainer.run import Stop, train
+from trainer.verbs.generate import END, _typed_lines
+from trainer.verbs.run import Stop, train
 
 TYPED = "alpha beta\n\ngamma delta \xe9\n"
 LAUNCH = [sys.executable, "-m", "comm", "launch", "-n", "2", "--", sys.executable, "-m", "trainer"]

@@ -17,7 +17,7 @@ from tiny_recipes import MODELS, run_apart, tiny_recipe, write_rows
 from trainer.__main__ import main
 from trainer.metrics.rows import read_rows
 from trainer.recipe.load import to_yaml
-from trainer.run import Stop, train
+from trainer.verbs.run import Stop, train
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """The recipe as one tree of typed dataclasses: every key, its type, its default and its meaning.
 
 This file is the only place where a default is written. `trainer.recipe.load` fills the tree from YAML and
-`key=value` overrides, `trainer.schema` turns it into a JSON Schema. Types say what is allowed
+`key=value` overrides, `trainer.verbs.schema` turns it into a JSON Schema. Types say what is allowed
 (`Literal` lists words), the metadata of a field adds its range and one sentence of help.
 It imports the standard library only, so that `--help` and `validate` answer at once.
 """

@@ -15,7 +15,7 @@ load_fast_blas()  # before anything imports MLX
 
 import comm
 from trainer.recipe.load import recipe_from
-from trainer.run import Stop, train
+from trainer.verbs.run import Stop, train
 
 LARGEST_FILE_BYTES = 32768
 
