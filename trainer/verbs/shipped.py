@@ -13,7 +13,7 @@ SCHEMA_NAME = "recipe.schema.json"
 
 def recipes_folder() -> Path:
     """Where the recipes are: beside the packages, in a checkout and installed alike."""
-    return Path(__file__).resolve().parent.parent / "recipes"
+    return Path(__file__).resolve().parents[2] / "recipes"
 
 
 def ls(arguments: argparse.Namespace) -> int:
