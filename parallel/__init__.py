@@ -11,12 +11,12 @@ from parallel.data import DataParallel
 from parallel.fsdp import FullyShardedDataParallel
 from parallel.heads import Head, hidden_and_head
 from parallel.layout import gather_tensors, model_layout, slice_tensors
-from parallel.linear import shard_linear
 from parallel.norm import clip_grad_norm, global_norm
 from parallel.pipeline import PipelineParallel, bubble_pct
 from parallel.row_threads import RowThreads
-from parallel.tensor import TensorParallel
-from parallel.vocab import cross_entropy
+from parallel.tensor.linear import shard_linear
+from parallel.tensor.tensor_parallel import TensorParallel
+from parallel.tensor.vocab import cross_entropy
 from parallel.wrapper import Wrapper, unwrap
 
 __all__ = [

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from trainer.bench.figures import Measurement, table
 
 from trainer.__main__ import main
+from trainer.bench.figures import Measurement, table
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = """

@@ -13,10 +13,10 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
-from trainer.bench.baseline import read_baseline, write_baseline
 
 import comm
 from tiny_recipes import run_apart, tiny_recipe, write_rows
+from trainer.bench.baseline import read_baseline, write_baseline
 from trainer.checkpoint.folder import open_checkpoint
 from trainer.machine.facts import limits
 from trainer.metrics.rows import read_rows

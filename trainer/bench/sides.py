@@ -16,6 +16,8 @@ from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import comm
+from trainer.bench.baseline import baseline_facts
+from trainer.bench.figures import SIDES, Measurement
 from trainer.build import Parts, build
 from trainer.data import TokenizedRows, corpus, load_splits
 from trainer.machine.limits import GIB
@@ -26,8 +28,6 @@ from trainer.model.lora import find_targets
 from trainer.recipe.config import Recipe
 from trainer.training.loop import Due, Hooks, Loop
 from trainer.training.progress import Progress
-from trainer.bench.baseline import baseline_facts
-from trainer.bench.figures import SIDES, Measurement
 
 NEVER = 10**9
 

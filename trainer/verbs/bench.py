@@ -14,9 +14,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from trainer.bench.figures import SIDES, Measurement, table
 from trainer.recipe.config import Recipe
 from trainer.recipe.load import load_recipe
-from trainer.bench.figures import SIDES, Measurement, table
 
 MARK = "BENCH "
 WRONG_INPUT = 2

@@ -17,6 +17,7 @@ from parallel import Span
 from parallel.layout import model_layout
 from parallel.wrapper import parallel_state
 from trainer.agreement import require_same, together
+from trainer.bench.baseline import BaselineSink, baseline_facts, read_baseline
 from trainer.build import Parts, build
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.lock import sole_run
@@ -40,7 +41,6 @@ from trainer.training.loop import Due, Hooks, Loop
 from trainer.training.optim import learning_rate
 from trainer.training.progress import WATCHDOG_ROWS, Progress, StopRules
 from trainer.training.requests import CheckpointTrigger, Stop
-from trainer.bench.baseline import BaselineSink, baseline_facts, read_baseline
 
 
 def main(arguments: argparse.Namespace) -> int:

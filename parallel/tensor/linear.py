@@ -14,8 +14,8 @@ import mlx.nn as nn
 
 import comm
 from parallel.layout import Segment, Split, record_split, split_records
-from parallel.replicated import Slot, copied_to_group
-from parallel.slicing import (
+from parallel.tensor.replicated import Slot, copied_to_group
+from parallel.tensor.slicing import (
     SlicedDropout,
     SlicedModule,
     as_segments,

@@ -15,8 +15,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from parallel.layout import Segment
-from parallel.linear import linear_dims
 from parallel.plans import PLANS, BlockPlan, Cut, ModelPlan
+from parallel.tensor.linear import linear_dims
 
 LARGEST_SIZE_TRIED = 64
 

@@ -12,12 +12,12 @@ from mlx.utils import tree_flatten
 
 import comm
 from parallel.layout import Segment, split_records
-from parallel.linear import Sharding, SlicedLinear, linear_dims, partial_slots, shard_in_place
 from parallel.plans import ModelPlan
-from parallel.replicated import Slot, copied_to_group
-from parallel.resolve import BlockSite, check_plan, child_at, find_blocks, find_named, plan_for
-from parallel.slicing import SlicedModule, extended_class, remember_whole, slice_array
-from parallel.vocab import shard_embedding, shard_head
+from parallel.tensor.linear import Sharding, SlicedLinear, linear_dims, partial_slots, shard_in_place
+from parallel.tensor.replicated import Slot, copied_to_group
+from parallel.tensor.resolve import BlockSite, check_plan, child_at, find_blocks, find_named, plan_for
+from parallel.tensor.slicing import SlicedModule, extended_class, remember_whole, slice_array
+from parallel.tensor.vocab import shard_embedding, shard_head
 from parallel.wrapper import Wrapper
 
 

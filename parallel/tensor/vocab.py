@@ -13,8 +13,8 @@ import mlx.nn as nn
 
 import comm
 from parallel.layout import Segment
-from parallel.linear import AllToShardedLinear, Sharding, extend_class, linear_dims, shard_in_place
-from parallel.slicing import SlicedModule, extended_class, remember_whole, slice_array
+from parallel.tensor.linear import AllToShardedLinear, Sharding, extend_class, linear_dims, shard_in_place
+from parallel.tensor.slicing import SlicedModule, extended_class, remember_whole, slice_array
 
 
 @dataclass(frozen=True)
