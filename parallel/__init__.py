@@ -12,7 +12,7 @@ from parallel.fsdp import FullyShardedDataParallel
 from parallel.heads import Head, hidden_and_head
 from parallel.layout import gather_tensors, model_layout, slice_tensors
 from parallel.norm import clip_grad_norm, global_norm
-from parallel.pipeline import PipelineParallel, bubble_pct
+from parallel.pipeline.pipeline_parallel import PipelineParallel, bubble_pct
 from parallel.row_threads import RowThreads
 from parallel.tensor.linear import shard_linear
 from parallel.tensor.tensor_parallel import TensorParallel

@@ -25,7 +25,7 @@ from parallel import (
     slice_tensors,
     value_and_grad,
 )
-from parallel.pipeline_step import PipelineStep
+from parallel.pipeline.step import PipelineStep
 from tensor_cases import loss_fn, relative_error
 from tensor_models import make_model
 from trainer.data import build_tokenizer

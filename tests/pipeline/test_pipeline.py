@@ -9,7 +9,7 @@ from mlx.utils import tree_flatten
 import comm
 from comm.capabilities import CAPABILITIES
 from parallel import PipelineParallel
-from parallel.stages import AbsentCache, even_split, memory_split, own_caches
+from parallel.pipeline.cut import AbsentCache, even_split, memory_split, own_caches
 from tensor_models import make_model
 
 

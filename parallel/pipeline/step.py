@@ -16,8 +16,8 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from parallel.api import Batch, LossFn
 from parallel.phases import Trace
-from parallel.schedule import plan_actions
-from parallel.stage import Stage
+from parallel.pipeline.schedule import plan_actions
+from parallel.pipeline.stage import Stage
 from parallel.sums import add_sums
 from parallel.wrapper import parallel_state
 

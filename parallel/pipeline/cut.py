@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 
 import comm
 from parallel.heads import output_head, text_model
-from parallel.stage import LeftStage, Passage
+from parallel.pipeline.stage import LeftStage, Passage
 
 # Text models whose stages are proven equal to the whole model.
 STAGED = ("gemma3", "llama", "mistral", "phi3", "qwen2", "qwen3", "qwen3_5", "qwen3_5_moe", "qwen3_moe")

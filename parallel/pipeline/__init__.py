@@ -1,0 +1,1 @@
+"""Pipeline parallelism: cutting a model into stages, the schedule, and the step."""
