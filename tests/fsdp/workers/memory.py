@@ -14,7 +14,7 @@ from mlx_lm.utils import load_model
 
 import comm
 from parallel import FullyShardedDataParallel, PipelineParallel, value_and_grad
-from parallel.fsdp import gathered_bytes
+from parallel.fsdp.fully_sharded import gathered_bytes
 from tensor_cases import loss_fn
 from trainer.machine.blas import load_fast_blas
 

@@ -15,11 +15,11 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
 
 import comm
+from parallel.fsdp.resharding import ReshardedLeaf, resharded_class
+from parallel.fsdp.shards import gather_messages, gathered_with_gradient, joined
 from parallel.heads import text_model
 from parallel.layout import Segment, Split, model_layout, record_split, split_records
 from parallel.phases import Phases, UnitCall
-from parallel.resharding import ReshardedLeaf, resharded_class
-from parallel.shards import gather_messages, gathered_with_gradient, joined
 from parallel.wrapper import Wrapper
 
 

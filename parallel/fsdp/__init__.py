@@ -1,0 +1,1 @@
+"""FSDP: weights divided for storage, and gathered where they are used."""
