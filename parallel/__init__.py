@@ -7,10 +7,10 @@ from parallel.own_comm import init  # first: it says so where another package hi
 
 # isort: split
 from parallel.api import Span, StepTimes, evaluate, value_and_grad
-from parallel.data import DataParallel
+from parallel.data_parallel import DataParallel
 from parallel.fsdp.fully_sharded import FullyShardedDataParallel
-from parallel.heads import Head, hidden_and_head
 from parallel.layout import gather_tensors, model_layout, slice_tensors
+from parallel.lm_head import Head, hidden_and_head
 from parallel.norm import clip_grad_norm, global_norm
 from parallel.pipeline.pipeline_parallel import PipelineParallel, bubble_pct
 from parallel.row_threads import RowThreads

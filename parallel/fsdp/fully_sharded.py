@@ -17,8 +17,8 @@ from mlx.utils import tree_flatten, tree_map_with_path
 import comm
 from parallel.fsdp.resharding import ReshardedLeaf, resharded_class
 from parallel.fsdp.shards import gather_messages, gathered_with_gradient, joined
-from parallel.heads import text_model
 from parallel.layout import Segment, Split, model_layout, record_split, split_records
+from parallel.lm_head import text_model
 from parallel.phases import Phases, UnitCall
 from parallel.wrapper import Wrapper
 

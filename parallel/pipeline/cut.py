@@ -14,7 +14,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 import comm
-from parallel.heads import output_head, text_model
+from parallel.lm_head import output_head, text_model
 from parallel.pipeline.stage import LeftStage, Passage
 
 # Text models whose stages are proven equal to the whole model.

@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 
 import comm
 from parallel.api import Batch, LossFn
-from parallel.heads import output_head, text_model
+from parallel.lm_head import output_head, text_model
 from parallel.pipeline.cut import check_stages, choose_split, cut_model, own_caches
 from parallel.pipeline.schedule import plan_actions
 from parallel.pipeline.stage import Stage

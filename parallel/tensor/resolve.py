@@ -14,8 +14,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from parallel.architectures import PLANS, BlockPlan, Cut, ModelPlan
 from parallel.layout import Segment
-from parallel.plans import PLANS, BlockPlan, Cut, ModelPlan
 from parallel.tensor.linear import linear_dims
 
 LARGEST_SIZE_TRIED = 64

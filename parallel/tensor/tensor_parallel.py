@@ -11,8 +11,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 import comm
+from parallel.architectures import ModelPlan
 from parallel.layout import Segment, split_records
-from parallel.plans import ModelPlan
 from parallel.tensor.linear import Sharding, SlicedLinear, linear_dims, partial_slots, shard_in_place
 from parallel.tensor.replicated import Slot, copied_to_group
 from parallel.tensor.resolve import BlockSite, check_plan, child_at, find_blocks, find_named, plan_for

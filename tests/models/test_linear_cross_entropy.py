@@ -6,7 +6,7 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
 
-from parallel.heads import Head
+from parallel.lm_head import Head
 from trainer.layers import linear_cross_entropy as module_under_test
 from trainer.layers.linear_cross_entropy import linear_cross_entropy
 

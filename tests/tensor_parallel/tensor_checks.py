@@ -14,7 +14,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import comm
 from parallel import DataParallel, TensorParallel, gather_tensors, model_layout, shard_linear
-from parallel.plans import PLANS, BlockPlan, ModelPlan, rows
+from parallel.architectures import PLANS, BlockPlan, ModelPlan, rows
 from tensor_cases import batch, first_gradients, relative_error, worst
 from tensor_models import add_adapters, make_model, prepare, randomize_adapters
 from trainer.data import build_tokenizer
