@@ -15,8 +15,10 @@ from mlx.utils import tree_flatten
 import comm
 from parallel.api import Batch, LossFn
 from parallel.lm_head import output_head, text_model
-from parallel.pipeline.cut import check_stages, choose_split, cut_model, own_caches
+from parallel.pipeline.caches import own_caches
+from parallel.pipeline.cut import check_stages, cut_model
 from parallel.pipeline.schedule import plan_actions
+from parallel.pipeline.split import choose_split
 from parallel.pipeline.stage import Stage
 from parallel.pipeline.step import PipelineStep
 from parallel.wrapper import Wrapper, parallel_state, without_gradient

@@ -33,7 +33,7 @@ class TensorParallel(Wrapper):
     Args:
         module: the model; the same object is returned.
         group: ranks that divide it, at the same random seed. Default: the world of `comm.init()`.
-        plan: what is divided. Default: the table of the model's architecture in `parallel.plans`.
+        plan: what is divided. Default: the table of the model's architecture in `parallel.architectures`.
 
     Raises:
         ValueError: no plan for the architecture; or something that the group's size does not divide, before

@@ -9,7 +9,8 @@ from mlx.utils import tree_flatten
 import comm
 from comm.capabilities import CAPABILITIES
 from parallel import PipelineParallel
-from parallel.pipeline.cut import AbsentCache, even_split, memory_split, own_caches
+from parallel.pipeline.caches import AbsentCache, own_caches
+from parallel.pipeline.split import even_split, memory_split
 from tensor_models import make_model
 
 

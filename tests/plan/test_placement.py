@@ -7,7 +7,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from parallel import TensorParallel
-from parallel.pipeline.cut import even_split
+from parallel.pipeline.split import even_split
 from trainer.memory.placement import Placement
 from trainer.memory.shapes import planned_model
 from trainer.recipe.load import recipe_from

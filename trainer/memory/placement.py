@@ -1,6 +1,6 @@
 """Which part of each parameter a rank of a mesh holds, by arithmetic on shapes: no groups, no weights.
 
-Tensor parallelism follows the tables of `parallel.plans`; pipeline stages are consecutive layers, with the
+Tensor parallelism follows the tables of `parallel.architectures`; pipeline stages are consecutive layers, with the
 embedding on the first stage and norm and head on the last; FSDP divides the first dimension of what is left.
 """
 
