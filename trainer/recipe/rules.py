@@ -99,8 +99,7 @@ def resolve_batch(recipe: Recipe, dp: int) -> BatchSizes:
     wrong = f"not divisible by batch_size_per_device({per_device}) * {ranks} = {unit}"
     raise RecipeError([Problem("global_batch_size", wanted, wrong, allowed)])
 
-# Entries of a tokenizer that is built: the 256 bytes and two special tokens; and more than any has.
-SMALLEST_VOCABULARY, LARGEST_VOCABULARY = 258, 1 << 20
+LARGEST_VOCABULARY = 1 << 20  # of a tokenizer that is built: more than any has
 
 
 def check(recipe: Recipe) -> list[Problem]:
@@ -109,7 +108,7 @@ def check(recipe: Recipe) -> list[Problem]:
 
 
 def _is_vocabulary_size(text: str) -> bool:
-    return text.isdecimal() and len(text) <= 7 and SMALLEST_VOCABULARY <= int(text) <= LARGEST_VOCABULARY
+    return text.isdecimal() and len(text) <= 7 and 0 < int(text) <= LARGEST_VOCABULARY
 
 
 def _check_paths(recipe: Recipe) -> Iterator[Problem]:
@@ -146,7 +145,7 @@ def _check_model(recipe: Recipe) -> Iterator[Problem]:
             about=("model", "model.path"),
         )
     elif (model.tokenizer or "").startswith("bpe:") and not _is_vocabulary_size(model.tokenizer[4:]):
-        allowed = f"bpe:SIZE, such as bpe:1024, of {SMALLEST_VOCABULARY} to {LARGEST_VOCABULARY}"
+        allowed = f"bpe:SIZE, such as bpe:1024, up to {LARGEST_VOCABULARY}"
         yield Problem("model.tokenizer", model.tokenizer, "no vocabulary size", allowed)
     if model.quantize is not None and recipe.method == "full":
         yield Problem(
