@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from comm.capabilities import CAPABILITIES
-from comm.job import SSH
+from comm.launcher.job import SSH
 
 BACKENDS = tuple(CAPABILITIES)
 
@@ -39,8 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _launch(
     parser: argparse.ArgumentParser, options: argparse.Namespace, command: list[str]
 ) -> int:
-    from comm.job import Job, make_hosts, mpi_job
-    from comm.launch import launch
+    from comm.launcher.job import Job, make_hosts, mpi_job
+    from comm.launcher.launch import launch
 
     if not command:
         parser.error("launch needs the program to start: python -m comm launch -n 2 -- python x.py")

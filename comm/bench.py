@@ -241,8 +241,8 @@ def _sizes(arrays: list[mx.array]) -> dict[mx.Dtype, int]:
 
 
 def _launch_itself(options: argparse.Namespace) -> int:
-    from comm.job import Job, make_hosts, mpi_job
-    from comm.launch import launch
+    from comm.launcher.job import Job, make_hosts, mpi_job
+    from comm.launcher.launch import launch
 
     backend = "ring" if options.backend == "any" else options.backend
     flags = [f"--max-mib={options.max_mib}", f"--repeats={options.repeats}"]

@@ -11,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from comm.launch import agent_environment
+from comm.launcher.launch import agent_environment
 
 NUM_RANKS = 4
 PROGRAM = """

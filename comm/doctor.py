@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from comm.hostfile import Host, HostList, read_hostfile
-from comm.job import remote_line, ssh_words
-from comm.launch import agent_environment
+from comm.launcher.hostfile import Host, HostList, read_hostfile
+from comm.launcher.job import remote_line, ssh_words
+from comm.launcher.launch import agent_environment
 from comm.probe import GREETING
 
 SSH_SECONDS = 30

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from comm.hostfile import read_hostfile
+from comm.launcher.hostfile import read_hostfile
 from trainer.__main__ import main
 from training import kept_signals
 

@@ -1,6 +1,6 @@
 """The launcher's hand on a host: starts one rank's program there and ends it when told to.
 
-Runs as `python -m comm.agent`, locally or over ssh, and speaks JSON lines on stdin: first the
+Runs as `python -m comm.launcher.agent`, locally or over ssh, and speaks JSON lines on stdin: first the
 addresses to reserve, then the order to start, then signals and what is typed at the launcher.
 Its first line of output is its greeting. When stdin closes, because the launcher or the
 connection is gone, the program and all it started are ended. Nothing here imports MLX or waits in

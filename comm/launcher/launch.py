@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from comm.agent import GREETING
-from comm.hostfile import Host
-from comm.job import Job, make_orders, remote_line, ssh_words
+from comm.launcher.agent import GREETING
+from comm.launcher.hostfile import Host
+from comm.launcher.job import Job, make_orders, remote_line, ssh_words
 
 GRACE_SECONDS = 6.0  # for the watchdogs to name the missing rank, once one has failed
 STOP_SECONDS = 5.0  # from SIGTERM to SIGKILL, and from that to giving the host up
@@ -182,9 +182,9 @@ class Run:
     def _start_agent(self, host: Host) -> subprocess.Popen:
         if host.is_local:
             # Without site-packages, which an agent does not need, it starts a third sooner.
-            command = [sys.executable, "-S", "-m", "comm.agent"]
+            command = [sys.executable, "-S", "-m", "comm.launcher.agent"]
         else:
-            line = remote_line(self.job.cwd, [self.job.python, "-m", "comm.agent"])
+            line = remote_line(self.job.cwd, [self.job.python, "-m", "comm.launcher.agent"])
             command = [*ssh_words(self.job.ssh, self.job.timeout_seconds), host.ssh, line]
         pipe = subprocess.PIPE
         # A session of its own: Ctrl-C in the terminal reaches the launcher alone, which passes

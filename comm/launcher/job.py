@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from comm.hostfile import LOCAL, Host, HostList, check_hosts, check_rdma, read_hostfile
+from comm.launcher.hostfile import LOCAL, Host, HostList, check_hosts, check_rdma, read_hostfile
 
 # The last rank of a ring is the first to call another one, and waits a whole second where rank 0 is not there yet.
 HEAD_START_SECONDS = 0.1
