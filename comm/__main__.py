@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
             return _bench(options)
         except ValueError as error:
             parser.exit(2, f"error: {error}\n")
-    from comm.doctor import main as run_doctor
+    from comm.tools.doctor import main as run_doctor
 
     return run_doctor(options)
 
@@ -62,11 +62,11 @@ def _bench(options: argparse.Namespace) -> int:
     if options.launchers:
         import json
 
-        from comm.bench_launch import compare_launchers
+        from comm.tools.bench_launch import compare_launchers
 
         print(json.dumps(compare_launchers(options.repeats)))
         return 0
-    from comm.bench import main as run_bench
+    from comm.tools.bench import main as run_bench
 
     return run_bench(options)
 

@@ -11,11 +11,11 @@ from mlx._distributed_utils.common import Hostfile
 import comm
 from comm.__main__ import main as command_line
 from comm.capabilities import missing_variables
-from comm.doctor import judge
 from comm.environment import ring_hosts
 from comm.launcher.hostfile import Host, HostList, read_hostfile
 from comm.launcher.job import Job, make_orders
 from comm.probe import mac_addresses, mac_ports, probe, rdma_devices
+from comm.tools.doctor import judge
 
 HOSTFILES = Path(__file__).parents[2] / "recipes" / "hostfiles"
 
