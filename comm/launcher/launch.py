@@ -286,7 +286,7 @@ def _kill(agent: subprocess.Popen) -> None:
 
 def agent_environment() -> dict[str, str]:
     """This process's environment, in which the agent finds this package."""
-    root = str(Path(__file__).parents[1])
+    root = str(Path(__file__).parents[2])
     path = os.environ.get("PYTHONPATH", "")
     return {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{path}" if path else root}
 
