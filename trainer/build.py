@@ -23,8 +23,7 @@ from parallel import (
     TensorParallel,
     value_and_grad,
 )
-from parallel.row_threads import RowThreads
-from parallel.tensor.resolve import check_plan, plan_for
+from parallel.tensor import check_plan, plan_for
 from trainer.agreement import together
 from trainer.data import (
     PlannedBatch,

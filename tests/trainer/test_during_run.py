@@ -18,7 +18,7 @@ import comm
 from tiny_recipes import run_apart, tiny_recipe, write_rows
 from trainer.bench.baseline import read_baseline, write_baseline
 from trainer.checkpoint.folder import open_checkpoint
-from trainer.machine.facts import limits
+from trainer.machine import limits
 from trainer.metrics.rows import read_rows
 from trainer.recipe.config import LimitsConfig
 from trainer.recipe.load import to_yaml

@@ -31,6 +31,7 @@ STATE_FILE = "state.json"
 MANIFEST_FILE = "manifest.json"
 MANIFEST_FORMAT = 1
 BEST_FILE = "best"
+RESULT_FILE = "result.json"
 STEP_NAME = re.compile(r"step-(\d{7,})")
 
 

@@ -14,17 +14,16 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
 import comm
-from parallel.layout import ParameterLayout, gather_tensors, model_layout, slice_tensors
+from parallel import ParameterLayout, gather_tensors, model_layout, slice_tensors
 from trainer.agreement import broadcast_tensors, together
 from trainer.build import Parts
-from trainer.checkpoint.folder import Checkpoint, CheckpointError, CheckpointFolder
+from trainer.checkpoint.folder import RESULT_FILE, Checkpoint, CheckpointError, CheckpointFolder
 from trainer.checkpoint.weights_digest import weights_digest
 from trainer.files.storage import atomic_file, read_json, write_json
 from trainer.model.loading import model_dtype, source_folder
 from trainer.recipe.config import Recipe
 from trainer.recipe.load import flattened
 from trainer.recipe.rules import resolve_batch
-from trainer.results.mlx_lm_format import RESULT_FILE
 from trainer.training.progress import WATCHDOG_ROWS, Progress
 
 FREE_SECTIONS = ("optimizer", "schedule", "epochs", "max_steps", "max_grad_norm", "gradient_checkpointing")

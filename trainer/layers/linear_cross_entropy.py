@@ -15,7 +15,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 import comm
-from parallel.lm_head import Head
+from parallel import Head
 from trainer.layers.elementwise import exp
 
 # Logits of one chunk, in numbers, and its fewest rows: with less, reading the head's weights takes longer than

@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 
-from parallel.pipeline.split import machine_bytes
+from parallel.pipeline import machine_bytes
 from trainer.recipe.config import LimitsConfig
 
 GIB = 2**30

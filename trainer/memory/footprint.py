@@ -21,8 +21,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.lora import LoRASwitchLinear
 
 from parallel import hidden_and_head
-from parallel.pipeline.cut import check_stages
-from parallel.pipeline.split import even_split, memory_split
+from parallel.pipeline import check_stages, even_split, memory_split
 from trainer.memory.liveness import Buffer, Lifetimes, lifetimes
 from trainer.memory.placement import Part, Placement
 from trainer.memory.shapes import PlannedModel

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from parallel.tensor.resolve import check_plan, find_blocks, find_named, plan_for
+from parallel.tensor import check_plan, find_blocks, find_named, plan_for
 from trainer.recipe.rules import MeshSizes
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")

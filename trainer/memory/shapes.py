@@ -17,9 +17,8 @@ from typing import Any
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from parallel.pipeline.cut import check_stages
-from parallel.pipeline.split import check_split
-from parallel.tensor.resolve import check_plan, plan_for
+from parallel.pipeline import check_split, check_stages
+from parallel.tensor import check_plan, plan_for
 from trainer.files.storage import read_json
 from trainer.layers.checkpointing import checkpoint_layers
 from trainer.layers.segments import packing_supported

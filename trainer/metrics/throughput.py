@@ -11,8 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 import comm
-from parallel import StepTimes, bubble_pct
-from parallel.wrapper import parallel_state
+from parallel import StepTimes, bubble_pct, parallel_state
 from trainer.machine.limits import GIB
 
 

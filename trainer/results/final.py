@@ -13,16 +13,15 @@ from pathlib import Path
 from mlx.utils import tree_flatten
 
 import comm
-from parallel.layout import gather_tensors, model_layout
+from parallel import gather_tensors, model_layout
 from trainer.agreement import together
 from trainer.build import Parts
-from trainer.checkpoint.folder import Checkpoint, CheckpointError, CheckpointFolder
+from trainer.checkpoint.folder import RESULT_FILE, Checkpoint, CheckpointError, CheckpointFolder
 from trainer.checkpoint.state import load_weights
 from trainer.files.storage import atomic_file, explain, read_json, write_json
 from trainer.model.loading import source_folder
 from trainer.results.mlx_lm_format import (
     ADAPTERS_FILE,
-    RESULT_FILE,
     adapter_config,
     write_adapters,
     write_model,

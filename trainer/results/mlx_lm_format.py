@@ -26,7 +26,6 @@ from trainer.files.tensor_files import (
 )
 
 ADAPTER_LEAVES = ("lora_a", "lora_b", "m")
-RESULT_FILE = "result.json"
 ADAPTERS_FILE = "adapters.safetensors"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 

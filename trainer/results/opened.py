@@ -10,7 +10,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 import comm
-from parallel.layout import model_layout, slice_tensors
+from parallel import model_layout, slice_tensors
 from trainer.agreement import broadcast_tensors, together
 from trainer.build import Notice
 from trainer.checkpoint.folder import (

@@ -14,9 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 import comm
-from parallel import Span, StepTimes, clip_grad_norm
-from parallel.api import Batch, Step
-from parallel.wrapper import parallel_state
+from parallel import Batch, Span, Step, StepTimes, clip_grad_norm, parallel_state
 from trainer.metrics.throughput import Throughput, communication_row, memory_row
 from trainer.training.batches import StepData, TrainingBatches
 from trainer.training.optim import Optimizer

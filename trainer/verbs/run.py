@@ -13,9 +13,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 import comm
-from parallel import Span
-from parallel.layout import model_layout
-from parallel.wrapper import parallel_state
+from parallel import Span, model_layout, parallel_state
 from trainer.agreement import require_same, together
 from trainer.bench.baseline import BaselineSink, baseline_facts, read_baseline
 from trainer.build import Parts, build
