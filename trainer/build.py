@@ -20,6 +20,7 @@ from parallel import (
     DataParallel,
     FullyShardedDataParallel,
     PipelineParallel,
+    RowThreads,
     TensorParallel,
     value_and_grad,
 )
