@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import ROOT, run_ranks
+from ranks import ROOT, run_ranks, slowness
 
 HERE = Path(__file__).parent
 # The tiny models and the loss are those of the tensor-parallel tests.
@@ -24,7 +24,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cases = [case for launch in LAUNCHES.values() for case in launch.cases]
     longest = {case.reference: case for case in sorted(cases, key=lambda case: case.num_steps)}
     command = [sys.executable, str(HERE / "workers" / "reference.py"), str(folder), to_json(list(longest.values()))]
-    subprocess.run(command, check=True, timeout=TIMEOUT_SECONDS, env={**os.environ, "PYTHONPATH": PATHS})
+    subprocess.run(command, check=True, timeout=TIMEOUT_SECONDS * slowness(), env={**os.environ, "PYTHONPATH": PATHS})
     return folder
 
 
