@@ -30,11 +30,11 @@ def test_parts_are_even_and_keep_neighbours_together() -> None:
 def test_a_part_holds_no_default_test_and_a_wrong_one_is_a_usage_error() -> None:
     """Catches default tests that run in every part, and a mistyped part that runs nothing and succeeds."""
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "tests/desk/test_desk.py"]
-    part, wrong = (
+    bare, part, wrong = (
         subprocess.run([*command, option], cwd=ROOT, capture_output=True, text=True)
-        for option in ("--exhaustive=1/1", "--exhaustive=3/2")
+        for option in ("--exhaustive", "--exhaustive=1/1", "--exhaustive=3/2")
     )
-    assert [line for line in part.stdout.splitlines() if "::" in line] == [
-        "tests/desk/test_desk.py::test_a_cable_that_is_pulled_out"
-    ], part.stdout
+    collected = [[line for line in one.stdout.splitlines() if "::" in line] for one in (bare, part)]
+    wide = "tests/desk/test_desk.py::test_a_cable_that_is_pulled_out"
+    assert collected[1] == [wide] and wide in collected[0] and len(collected[0]) > 1, bare.stdout + part.stdout
     assert wrong.returncode == pytest.ExitCode.USAGE_ERROR and "'3/2' is not PART/PARTS" in wrong.stderr, wrong.stderr
