@@ -1,25 +1,31 @@
 """Starts real processes that talk to each other, for tests.
 
 `run_ranks(script, num_ranks)` runs one Python script on every rank and returns what each printed.
-A worker reports with one line `RESULT {...}`. A rank that fails ends the others at once.
+A worker reports with one line `RESULT {...}`. A rank that fails ends the others at once. No rank outlives the call;
+on Linux none outlives this process either, however that ends. Limits are longer on a machine that is busy.
 """
 
+import functools
 import json
 import os
+import shlex
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 OPENBLAS = Path("/usr/lib/x86_64-linux-gnu/openblas-pthread/libblas.so.3")  # see conftest.py
+MORTAL = (sys.executable, "-S", str(ROOT / "tests" / "mortal.py"))
 GRACE_SECONDS = 3.0  # for the other ranks to report, once one has failed
+QUIET_START_SECONDS = 0.5  # what `slowness` measures on two cores without other work: 0.3 to 0.4
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,7 @@ def run_ranks(
         num_ranks: How many processes.
         backend: "ring" or "mpi".
         args: Arguments of the script.
-        timeout: Seconds after which all are killed and the test fails.
+        timeout: Seconds after which all are killed and the test fails, on a quiet machine.
         env: Further environment variables.
         check: Fail the test, with every rank's output, if a rank fails. False: only return.
         left_behind: Ranks that are killed once all others have ended.
@@ -69,10 +75,15 @@ def run_ranks(
             script = source
         command = [sys.executable, str(script), *map(str, args)]
         start = _start_ring if backend == "ring" else _start_mpi
-        processes = start(command, num_ranks, folder, {**_environment(), **(env or {})})
-        awaited = [p for rank, p in enumerate(processes) if rank not in left_behind]
-        timed_out = _wait(awaited, timeout, stop_early=check)
-        _kill(processes)
+        limit = timeout * slowness()
+        processes: list[subprocess.Popen] = []
+        try:
+            for process in start(command, num_ranks, folder, {**_environment(), **(env or {})}):
+                processes.append(process)
+            awaited = [p for rank, p in enumerate(processes) if rank not in left_behind]
+            timed_out = _wait(awaited, limit, stop_early=check)
+        finally:
+            _kill(processes)
         codes = [process.returncode for process in processes]
         codes = codes if backend == "ring" else codes * num_ranks
         results = [
@@ -83,9 +94,26 @@ def run_ranks(
         f"\n--- rank {rank}: exit {r.returncode}\n{r.stdout[-4000:]}{r.stderr[-4000:]}"
         for rank, r in enumerate(results)
     )
-    assert not timed_out, f"not finished after {timeout} s{report}"
+    assert not timed_out, f"not finished after {limit:.0f} s{report}"
     assert not check or not any(codes), f"a rank failed{report}"
     return results
+
+
+@functools.cache
+def slowness() -> float:
+    """How many times longer than on a quiet machine two ranks take to start, at least 1: the factor for time limits.
+
+    Measured once, at the first call.
+    """
+    began = time.monotonic()
+    command = [sys.executable, "-c", "import mlx.core, mlx.nn, comm; comm.init()"]
+    started = [subprocess.Popen(command, env=_environment()) for _ in range(2)]
+    try:
+        codes = [process.wait() for process in started]
+    finally:
+        _kill(started)
+    assert not any(codes), f"ranks do not start: exit codes {codes}"
+    return max(1.0, (time.monotonic() - began) / QUIET_START_SECONDS)
 
 
 def reserve_ports(num_ports: int) -> list[socket.socket]:
@@ -114,39 +142,31 @@ def _environment() -> dict[str, str]:
 
 def _start_ring(
     command: list[str], num_ranks: int, folder: str, env: dict[str, str]
-) -> list[subprocess.Popen]:
-    reserved = reserve_ports(num_ranks)
-    hosts = [[f"127.0.0.1:{one.getsockname()[1]}"] for one in reserved]
-    hostfile = Path(folder, "hosts.json")
-    hostfile.write_text(json.dumps(hosts))
-    processes = []
-    for rank in range(num_ranks):
-        with (
-            open(Path(folder, f"{rank}.out"), "wb") as out,
-            open(Path(folder, f"{rank}.err"), "wb") as err,
-        ):
+) -> Iterator[subprocess.Popen]:
+    with ExitStack() as held:
+        reserved = [held.enter_context(one) for one in reserve_ports(num_ranks)]
+        hosts = [[f"127.0.0.1:{one.getsockname()[1]}"] for one in reserved]
+        hostfile = Path(folder, "hosts.json")
+        hostfile.write_text(json.dumps(hosts))
+        for rank in range(num_ranks):
+            out = held.enter_context(open(Path(folder, f"{rank}.out"), "wb"))
+            err = held.enter_context(open(Path(folder, f"{rank}.err"), "wb"))
             rank_env = {**env, "MLX_RANK": str(rank), "MLX_HOSTFILE": str(hostfile)}
-            processes.append(subprocess.Popen(command, env=rank_env, stdout=out, stderr=err))
-    for one in reserved:
-        one.close()
-    return processes
+            full = [*MORTAL, str(os.getpid()), *command]
+            yield subprocess.Popen(full, env=rank_env, stdout=out, stderr=err)
 
 
 def _start_mpi(
     command: list[str], num_ranks: int, folder: str, env: dict[str, str]
-) -> list[subprocess.Popen]:
+) -> Iterator[subprocess.Popen]:
     mpirun = Path(sys.executable).parent / "mpirun"
     mpirun = str(mpirun) if mpirun.exists() else shutil.which("mpirun")
     assert mpirun, "mpirun is missing: pip install -e '.[test]'"
-    redirect = 'exec "$@" >"$0/$OMPI_COMM_WORLD_RANK.out" 2>"$0/$OMPI_COMM_WORLD_RANK.err"'
+    redirect = f'exec {shlex.join(MORTAL)} $PPID "$@" >"$0/$OMPI_COMM_WORLD_RANK.out" 2>"$0/$OMPI_COMM_WORLD_RANK.err"'
     options = ["--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-n", str(num_ranks)]
-    full = [mpirun, *options, "/bin/sh", "-c", redirect, folder, *command]
+    full = [*MORTAL, str(os.getpid()), mpirun, *options, "/bin/sh", "-c", redirect, folder, *command]
     quiet = {"OMPI_MCA_mpi_yield_when_idle": "1", "OMPI_MCA_btl": "self,sm"}
-    return [
-        subprocess.Popen(
-            full, env={**env, **quiet}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-    ]
+    yield subprocess.Popen(full, env={**env, **quiet}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def _wait(processes: list[subprocess.Popen], timeout: float, stop_early: bool) -> bool:
@@ -156,7 +176,7 @@ def _wait(processes: list[subprocess.Popen], timeout: float, stop_early: bool) -
         now = time.monotonic()
         if failed_at is None and any(process.poll() for process in processes):
             failed_at = now
-        gave_up = stop_early and failed_at is not None and now > failed_at + GRACE_SECONDS
+        gave_up = stop_early and failed_at is not None and now > failed_at + GRACE_SECONDS * slowness()
         if gave_up or now > deadline:
             _kill(processes)
             return failed_at is None

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from ranks import slowness
+
 WORKERS = Path(__file__).parent / "workers"
 ROOT = Path(__file__).parents[2]
 JOB = (sys.executable, str(WORKERS / "job.py"))
@@ -26,7 +28,7 @@ def launch(
 ) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "comm", "launch", *arguments]
     return subprocess.run(
-        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout,
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout * slowness(),
         input=typed,
     )  # fmt: skip
 
@@ -39,9 +41,10 @@ def start_sleepers(folder: Path, num_ranks: int) -> tuple[subprocess.Popen, list
 
 
 def wait_for(condition: Callable[[], bool], what: str, seconds: float = 20) -> None:
+    seconds *= slowness()
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+        assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}"
         time.sleep(0.05)
 
 
@@ -101,7 +104,7 @@ def test_signals_reach_the_ranks(tmp_path: Path) -> None:
     """Catches ranks that cannot save before they end, and an exit code that hides it."""
     launcher, pids = start_sleepers(tmp_path, 2)
     launcher.send_signal(signal.SIGTERM)
-    assert launcher.wait(timeout=20) == 143
+    assert launcher.wait(timeout=20 * slowness()) == 143
     assert not any(is_alive(pid) for pid in pids)
 
 
@@ -117,12 +120,13 @@ def test_a_stopped_rank_ends_with_the_job() -> None:
     """Catches a rank that SIGSTOP holds, and with it the job, beyond the time-out and ten seconds."""
     command = [sys.executable, "-m", "comm", "launch", "-n", "2", "--timeout", "3", "--"]
     command += [sys.executable, str(WORKERS / "failing.py"), "stop", "1"]
+    limit = 60 * slowness()
     with subprocess.Popen(
         command, cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as launcher:
         assert "joined" in launcher.stdout.readline()
         start = time.monotonic()
-        _, errors = launcher.communicate(timeout=60)
+        _, errors = launcher.communicate(timeout=limit)
     assert launcher.returncode == 1
     assert "rank 1" in errors and "has not answered for 3 s" in errors
     assert time.monotonic() - start < 3 + 10
@@ -138,7 +142,7 @@ def test_the_launcher_does_not_spin(tmp_path: Path) -> None:
         share = (cpu_seconds(launcher.pid) - before) / (time.monotonic() - start)
     finally:
         launcher.terminate()
-        launcher.wait(timeout=20)
+        launcher.wait(timeout=20 * slowness())
     assert share < 0.02, f"{share:.1%} of a core"
 
 
@@ -209,7 +213,7 @@ def test_mlx_launch_and_no_launcher() -> None:
         for words, command in starts.items()
     }  # fmt: skip
     for words, process in running.items():
-        assert words in process.communicate(timeout=60)[0]
+        assert words in process.communicate(timeout=60 * slowness())[0]
 
 
 def test_a_rank_that_is_stopped_after_the_others_have_ended(tmp_path: Path) -> None:
@@ -239,7 +243,9 @@ def test_output_that_cannot_be_passed_on(place: str) -> None:
     os.close(reader)
     out = open("/dev/full", "wb") if place == "full disk" else open(writer, "wb")
     with out, open(writer if place == "full disk" else os.devnull, "wb"):
-        done = subprocess.run(command, cwd=ROOT, env=environment(), stdout=out, stderr=subprocess.PIPE, text=True, timeout=60)
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment(), stdout=out, stderr=subprocess.PIPE, text=True, timeout=60 * slowness()
+        )
     assert done.returncode == 7, done.stderr
     assert done.stderr.count("output cannot be passed on") == 1, done.stderr
 
@@ -294,7 +300,7 @@ def test_the_terminal_goes_away(tmp_path: Path, second: signal.Signals) -> None:
         launcher.send_signal(signal.SIGHUP)
         time.sleep(0.5)
         launcher.send_signal(second)
-        assert launcher.wait(timeout=30) == 143
+        assert launcher.wait(timeout=30 * slowness()) == 143
     assert sorted(path.name for path in tmp_path.iterdir()) == ["saved-0", "saved-1"]
 
 

@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ranks import slowness
+
 
 def why_not() -> str:
     """Why there can be no desk here, "" where there can."""
@@ -149,7 +151,7 @@ class Desk:
             self._wait_for(f"10.77.0.{index + 1}")
 
     def _wait_for(self, address: str) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 60 * slowness()
         while subprocess.run(["ip", "netns", "exec", self.hub, *self.ssh.split(), address, "true"]).returncode:
             assert time.monotonic() < deadline, f"no ssh server answers on {address}"
             time.sleep(0.1)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from machines import Desk, why_not
+from ranks import slowness
 from trainer.metrics.rows import read_rows
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +39,7 @@ def make_desk() -> Iterator[Callable[..., Desk]]:
 def test_three_machines_from_a_fourth(make_desk: Callable[..., Desk], tmp_path: Path, cables: bool) -> None:
     """Catches control traffic on a cable, which only its two ends reach."""
     job = launch(make_desk(3, cables), tmp_path, JOB, "sum")
-    output, _ = job.communicate(timeout=120)
+    output, _ = job.communicate(timeout=120 * slowness())
     assert job.returncode == 0, output
     assert output.count("of 3 on ring: 3.0") == 3, output
 
@@ -54,7 +55,7 @@ def test_mlx_launch_on_a_ring_of_cables(make_desk: Callable[..., Desk], tmp_path
     (tmp_path / "ssh").write_text(f'#!/bin/sh\nexec /usr/bin/{desk.ssh} "$@"\n')
     (tmp_path / "ssh").chmod(0o755)
     job = desk.start("env", f"PATH={tmp_path}:/usr/bin:/bin", *command)
-    output, _ = job.communicate(timeout=120)
+    output, _ = job.communicate(timeout=120 * slowness())
     assert output.count("of 3 on ring: 3.0") == 3, output
 
 
@@ -119,7 +120,7 @@ def after(job: "subprocess.Popen[str]", count: int, fault: Callable[[], None]) -
         output += line
     fault()
     began = time.monotonic()
-    rest, _ = job.communicate(timeout=120)
+    rest, _ = job.communicate(timeout=120 * slowness())
     return time.monotonic() - began, output + rest
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer.metrics.rows import read_rows, wandb_worker
+from trainer.metrics import wandb_worker
+from trainer.metrics.rows import read_rows
 from trainer.metrics.wandb_sink import WandbSink, wandb_mode
 from training import train_with_recipe
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from ranks import slowness
 from trainer.__main__ import main
 from trainer.bench.figures import Measurement, table
 
@@ -32,7 +33,7 @@ def found(tmp_path_factory):
     recipe.write_text(RECIPE)
     words = [sys.executable, "-m", "trainer", "bench", str(recipe)]
     words += "--vs mlx-lm --synthetic --steps 2 --warmup 1 --json".split()
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120 * slowness())
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

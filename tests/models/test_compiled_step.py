@@ -14,11 +14,14 @@ from parallel import FullyShardedDataParallel, TensorParallel, value_and_grad
 from steps import CASES, FULL, Counted, assert_equal, batch_of, build
 
 
-@pytest.fixture(params=[WITHOUT_FUSION, WITH_FUSION], ids=["unfused", "fused"])
+@pytest.fixture(
+    params=[
+        pytest.param(WITHOUT_FUSION, id="unfused"),
+        pytest.param(WITH_FUSION, id="fused", marks=pytest.mark.exhaustive),
+    ]
+)
 def compiling_on(request):
     """Compiling is on in the test, though off in the suite."""
-    if request.param == WITH_FUSION:
-        request.getfixturevalue("exhaustive")
     with compiling(request.param):
         yield
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ranks import run_ranks
+from ranks import run_ranks, slowness
 from tensor_cases import LORA_CASES, MAIN_CASES, NUM_STEPS, PATHS, SHORT_CASES, TIMEOUT_SECONDS
 from tensor_models import save_large_model
 
@@ -53,7 +53,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with losses, norms and gradients of every case on one device."""
     folder = tmp_path_factory.mktemp("reference")
     command = [sys.executable, str(HERE / "workers" / "reference.py"), str(folder), *MAIN_CASES, *LORA_CASES]
-    subprocess.run(command, check=True, timeout=TIMEOUT_SECONDS, env={**os.environ, "PYTHONPATH": PATHS})
+    subprocess.run(command, check=True, timeout=TIMEOUT_SECONDS * slowness(), env={**os.environ, "PYTHONPATH": PATHS})
     return folder
 
 

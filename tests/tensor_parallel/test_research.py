@@ -11,7 +11,7 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from ranks import run_ranks
+from ranks import run_ranks, slowness
 from tensor_cases import PATHS, TIMEOUT_SECONDS
 from tensor_models import BASE, make_model
 from trainer.data import build_tokenizer
@@ -35,7 +35,7 @@ def test_same_on_one_and_two_ranks(small_model: Path) -> None:
     """Catches research code that breaks, or trains something else, when a second rank joins."""
     env = {**os.environ, "PYTHONPATH": PATHS}
     command = [sys.executable, str(SCRIPT), str(small_model)]
-    alone = subprocess.run(command, env=env, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+    alone = subprocess.run(command, env=env, capture_output=True, text=True, timeout=TIMEOUT_SECONDS * slowness())
     assert alone.returncode == 0, alone.stderr
     ranks = run_ranks(SCRIPT, 2, args=[str(small_model)], timeout=TIMEOUT_SECONDS, env={"PYTHONPATH": PATHS})
     assert ranks[1].stdout == "", "only rank 0 prints"

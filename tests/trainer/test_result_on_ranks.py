@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import comm
-from ranks import ROOT
+from ranks import ROOT, slowness
 from tiny_recipes import tiny_recipe, write_rows
 from trainer.__main__ import main
 from trainer.verbs.generate import END, _typed_lines
@@ -45,7 +45,7 @@ def test_chat_and_loss_are_those_of_one_process(run, capsys, monkeypatch):
     """Catches typed lines that do not reach rank 0 or the others, other tokens or losses, and an end that one rank misses."""
     commands = ["generate", run], ["eval", run]
     started = [start(*words) for words in commands]
-    found = [process.communicate(TYPED, timeout=120) for process in started]
+    found = [process.communicate(TYPED, timeout=120 * slowness()) for process in started]
     assert [process.returncode for process in started] == [0, 0], found
     (chat, measured), (one_chat, one_measured) = ([shown for shown, _ in found], [alone(w, capsys, monkeypatch) for w in commands])
     assert any(one_chat) and chat.splitlines() == [f"[0] {line}" for line in one_chat], found
@@ -75,5 +75,5 @@ def test_interrupt_ends_the_chat_on_all_ranks(exhaustive, run):
         if "Type a prompt" in line:
             break
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=20 * slowness())
     assert process.returncode == 130 and "Traceback" not in errors, errors

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import comm
+from ranks import slowness
 from tiny_recipes import MODELS, run_apart, tiny_recipe, write_rows
 from trainer.__main__ import main
 from trainer.metrics.rows import read_rows
@@ -34,11 +35,11 @@ def test_signal_finishes_the_step_saves_and_leaves(rows, tmp_path, number, code)
     path.write_text(to_yaml(recipe))
     command = [sys.executable, "-m", "trainer", str(path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    until = time.monotonic() + 60
+    until = time.monotonic() + 60 * slowness()
     while len(read_rows(tmp_path / "run" / "metrics.jsonl")) < 3 and time.monotonic() < until:
         time.sleep(0.05)
     process.send_signal(number)
-    shown, errors = process.communicate(timeout=60)
+    shown, errors = process.communicate(timeout=60 * slowness())
     assert process.returncode == code, shown + errors
     steps = read_rows(tmp_path / "run" / "metrics.jsonl")[-1]["train/global_step"]
     assert (tmp_path / "run" / "checkpoints" / f"step-{steps:07d}" / "manifest.json").is_file()
@@ -106,7 +107,7 @@ def test_launched_as_one_rank(rows, tmp_path):
     path.write_text(to_yaml(recipe))
     launcher = os.path.join(os.path.dirname(sys.executable), "mlx.launch")
     command = [launcher, "-n", "1", "--", sys.executable, "-m", "trainer", str(path)]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=90 * slowness())
     assert (tmp_path / "run" / "adapters.safetensors").is_file(), shown.stdout + shown.stderr
 
 
@@ -163,7 +164,7 @@ def test_folder_of_a_living_run_is_refused(rows, tmp_path):
         path = tmp_path / "recipe.yaml"
         path.write_text(to_yaml(recipe))
         command = [sys.executable, "-m", "comm", "launch", "-n", "2", "--", sys.executable, "-m", "trainer", str(path)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60 * slowness())
         assert done.returncode == 2 and said in done.stderr
     finally:
         holder.kill()
