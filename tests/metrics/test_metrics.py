@@ -9,7 +9,8 @@ import mlx.core as mx
 import pytest
 from rich.console import Console
 
-from trainer.metrics.rows import METRIC_KEYS, JsonlSink, Metrics, Row, _Lines, read_rows
+from trainer.metrics.rows import JsonlSink, Metrics, Row, _Lines, read_rows
+from trainer.metrics.table import METRIC_KEYS
 from trainer.metrics.terminal import TerminalSink
 from trainer.metrics.throughput import Throughput, memory_row
 

@@ -139,7 +139,7 @@ def run_worker(monkeypatch: pytest.MonkeyPatch, folder: Path, lines: list[dict],
     fake = types.SimpleNamespace(init=init, Settings=dict, teardown=lambda exit_code: None)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     begin = {"project": "p", "name": None, "mode": "online", "config": {}, "resumed": False, "step_key": "step"}
-    begin["output_dir"] = str(folder)
+    begin |= {"output_dir": str(folder), "summaries": {"eval/loss": "min,last"}}
     code = wandb_worker.main(json.dumps(line) for line in [{"begin": begin}, *lines])
     return code, calls
 

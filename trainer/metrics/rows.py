@@ -12,45 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from trainer.files.storage import atomic_file, explain
-
-STEP_KEY = "train/global_step"
-TRAIN_KEYS = (
-    "train/loss",
-    "train/grad_norm",
-    "train/learning_rate",
-    "train/epoch",
-    STEP_KEY,
-    "train/num_tokens",
-    "train/skipped_steps",
-)
-EVAL_KEYS = ("eval/loss", "eval/ppl", "eval/exact_match")
-THROUGHPUT_KEYS = (
-    "throughput/tokens_per_sec",
-    "throughput/tokens_per_sec_per_device",
-    "throughput/samples_per_sec",
-    "throughput/padding_pct",
-    "throughput/tflops_per_device",
-    "throughput/mfu_pct",
-    "throughput/scaling_efficiency_pct",
-)
-TIME_KEYS = ("time/step_s", "time/data_s", "time/compute_s", "time/optimizer_s")
-COMM_KEYS = (
-    "comm/allreduce_s",
-    "comm/exposed_pct",
-    "comm/bytes_per_step",
-    "comm/bus_gb_per_s",
-    "comm/rank_skew_s",
-    "pp/bubble_pct",
-)
-MEMORY_KEYS = ("memory/peak_gib", "memory/active_gib", "memory/cache_gib")
-METRIC_KEYS = frozenset(TRAIN_KEYS + EVAL_KEYS + THROUGHPUT_KEYS + TIME_KEYS + COMM_KEYS + MEMORY_KEYS)
-
-# Summary key -> (row key, the better of two values).
-BEST_VALUES = {
-    "best/eval_loss": ("eval/loss", min),
-    "best/eval_exact_match": ("eval/exact_match", max),
-    "best/tokens_per_sec": ("throughput/tokens_per_sec", max),
-}
+from trainer.metrics.table import METRIC_KEYS, METRICS, STEP_KEY
 
 Row = dict[str, float | int]
 # A held-out generation: "prompt", "expected" (None where no answer is the right one), "generated".
@@ -132,9 +94,10 @@ class Metrics:
 
     def _remember(self, row: Row) -> None:
         self.last |= row
-        for name, (key, better) in BEST_VALUES.items():
-            if key in row and math.isfinite(row[key]):
-                self.best[name] = better(row[key], self.best.get(name, row[key]))
+        for metric in METRICS:
+            if metric.better and metric.key in row and math.isfinite(row[metric.key]):
+                value = row[metric.key]
+                self.best[metric.best_key] = metric.better(value, self.best.get(metric.best_key, value))
 
     def _each(self, method: str, *arguments: object) -> None:
         for sink in list(self.sinks):

@@ -13,25 +13,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Column
 from rich.text import Text
 
-from trainer.metrics.rows import STEP_KEY, Row, Sample
+from trainer.metrics.rows import Row, Sample
 from trainer.metrics.streams import harmless, turn_off_stdout
+from trainer.metrics.table import METRICS, STEP_KEY
 
 NUM_SAMPLES_SHOWN = 3
-# Row key -> how it reads, in the order shown.
-TRAIN_WORDS = {
-    "train/loss": "loss {:.4f}",
-    "train/grad_norm": "grad {:.3g}",
-    "train/learning_rate": "lr {:.3g}",
-    "throughput/tokens_per_sec": "{:,.0f} tokens/s",
-    "memory/peak_gib": "peak {:.3g} GiB",
-    "train/skipped_steps": "skipped {:d}",
-}
-# Below this many columns, what the bar's line leaves out so that the bar has room.
-NARROW = (
-    (80, ("train/grad_norm", "train/learning_rate", "memory/peak_gib")),
-    (115, ("train/grad_norm", "train/learning_rate")),
-)
-EVAL_WORDS = {"eval/loss": "eval loss {:.4f}", "eval/ppl": "ppl {:.4g}", "eval/exact_match": "exact match {:.1%}"}
 
 
 class Output(Console):
@@ -70,8 +56,10 @@ class TerminalSink:
         self._is_writable = True
         self._first: tuple[float, int] | None = None
         self._words = ""
-        left_out = next((keys for width, keys in NARROW if self.console.width < width), ())
-        self._bar_words = {key: form for key, form in TRAIN_WORDS.items() if key not in left_out}
+        self._train_words = {m.key: m.words for m in METRICS if m.words and not m.key.startswith("eval/")}
+        self._eval_words = {m.key: m.words for m in METRICS if m.words and m.key.startswith("eval/")}
+        width = self.console.width
+        self._bar_words = {m.key: m.words for m in METRICS if m.key in self._train_words and m.columns <= width}
         self._progress: Progress | None = None
         self._task = TaskID(0)
         if self.console.is_terminal:
@@ -80,13 +68,13 @@ class TerminalSink:
 
     def log(self, row: Row) -> None:
         step = int(row[STEP_KEY])
-        words = _words(row, TRAIN_WORDS)
+        words = _words(row, self._train_words)
         if words:
             self._words = _words(row, self._bar_words)
             self.advance(step)
             if self._progress is None:
                 self._print(f"step {step}/{self.total_steps}  {words}  {self._eta(step)}".rstrip())
-        if evaluated := _words(row, EVAL_WORDS):
+        if evaluated := _words(row, self._eval_words):
             self._print(f"step {step}/{self.total_steps}  {evaluated}", style="bold")
 
     def samples(self, step: int, samples: Sequence[Sample]) -> None:

@@ -15,7 +15,8 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from trainer.metrics.rows import METRIC_KEYS, STEP_KEY, Row, Sample
+from trainer.metrics.rows import Row, Sample
+from trainer.metrics.table import METRIC_KEYS, METRICS, STEP_KEY
 
 MODES = ("online", "offline", "disabled")
 QUEUE_ROWS = 10_000
@@ -33,6 +34,11 @@ def wandb_mode(mode: str) -> str:
     if chosen not in MODES:
         raise ValueError(f"W&B mode {chosen!r} is not known; it must be one of {', '.join(MODES)}.")
     return chosen
+
+
+def summaries() -> dict[str, str]:
+    """What W&B's summary keeps beside the last value, by key."""
+    return {metric.key: f"{metric.better.__name__},last" for metric in METRICS if metric.better}
 
 
 class WandbSink:
@@ -79,7 +85,7 @@ class WandbSink:
         for thread in self._threads:
             thread.start()
         begin = {"project": project, "name": name, "mode": mode, "config": config, "resumed": resumed}
-        self._send({"begin": {**begin, "output_dir": str(output_dir), "step_key": STEP_KEY}})
+        self._send({"begin": {**begin, "output_dir": str(output_dir), "step_key": STEP_KEY, "summaries": summaries()}})
 
     def log(self, row: Row) -> None:
         self._send({"row": row})

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 INIT_SECONDS = 10.0
-# W&B's summary keeps the last value of each key; these also keep their best.
-SUMMARIES = {"eval/loss": "min,last", "eval/exact_match": "max,last", "throughput/tokens_per_sec": "max,last"}
 
 
 def main(lines: Iterable[str]) -> int:
@@ -66,7 +64,7 @@ def _start(begin: dict[str, Any]) -> Any:
             print(f"W&B could not start {mode} ({type(error).__name__}: {why}).", flush=True)
             wandb.teardown(exit_code=1)  # its service still holds the run's id
             continue
-        _define_metrics(run, begin["step_key"])
+        _define_metrics(run, begin["step_key"], begin["summaries"])
         if mode == "offline":
             print(f"W&B records offline; `wandb sync {Path(run.dir).parent}` uploads it.", flush=True)
         else:
@@ -85,9 +83,10 @@ def _run_id(folder: Path, resumed: bool) -> str:
     return run_id
 
 
-def _define_metrics(run: Any, step_key: str) -> None:
+def _define_metrics(run: Any, step_key: str, summaries: dict[str, str]) -> None:
+    """W&B's summary keeps the last value of each key; those of `summaries` also keep their best."""
     run.define_metric("*", step_metric=step_key)
-    for key, summary in SUMMARIES.items():
+    for key, summary in summaries.items():
         run.define_metric(key, step_metric=step_key, summary=summary)
 
 

@@ -4,10 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from trainer.metrics.rows import read_rows
+from trainer.metrics.table import METRICS
 from trainer.recipe.config import Recipe
 from trainer.recipe.load import to_yaml
-
-RESULT_KEYS = ("train/global_step", "train/loss", "eval/loss", "eval/ppl", "eval/exact_match")
 
 USAGE = {
     "peft": """```python
@@ -51,9 +50,10 @@ def model_card(recipe: Recipe, library: str, metrics: Path, *, model_class: str,
 
 
 def last_values(metrics: Path) -> dict[str, float]:
-    """The last value of each key of RESULT_KEYS that the run logged."""
-    values = {key: row[key] for row in read_rows(metrics) for key in RESULT_KEYS if row.get(key) is not None}
-    return {key: values[key] for key in RESULT_KEYS if key in values}
+    """The last value of each key that a card tells and that the run logged."""
+    told = [metric.key for metric in METRICS if metric.in_card]
+    values = {key: row[key] for row in read_rows(metrics) for key in told if row.get(key) is not None}
+    return {key: values[key] for key in told if key in values}
 
 
 def _data_names(recipe: Recipe) -> str:

@@ -9,41 +9,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from trainer.metrics.rows import STEP_KEY
+from trainer.metrics.table import METRICS, SECTIONS, STEP_KEY
 
 WORKSPACE_NAME = "Training throughput"
-# section -> panels of (title, keys, logarithmic)
-SECTIONS: dict[str, tuple[tuple[str, tuple[str, ...], bool], ...]] = {
-    "Throughput": (
-        ("Tokens per second", ("throughput/tokens_per_sec",), False),
-        ("Tokens per second and device", ("throughput/tokens_per_sec_per_device",), False),
-        ("Scaling efficiency, %", ("throughput/scaling_efficiency_pct",), False),
-        ("Model FLOPs utilisation, %", ("throughput/mfu_pct",), False),
-        ("TFLOP/s per device", ("throughput/tflops_per_device",), False),
-        ("Rows per second", ("throughput/samples_per_sec",), False),
-        ("Padding, % of positions", ("throughput/padding_pct",), False),
-        ("Step time, s", ("time/step_s", "time/data_s", "time/compute_s", "time/optimizer_s"), False),
-    ),
-    "Loss": (
-        ("Loss", ("train/loss", "eval/loss"), False),
-        ("Exact match", ("eval/exact_match",), False),
-        ("Perplexity", ("eval/ppl",), True),
-        ("Gradient norm before clipping", ("train/grad_norm",), True),
-        ("Learning rate", ("train/learning_rate",), False),
-        ("Skipped steps", ("train/skipped_steps",), False),
-        ("Tokens seen", ("train/num_tokens",), False),
-        ("Epoch", ("train/epoch",), False),
-    ),
-    "Communication": (
-        ("Not hidden behind compute, % of the step", ("comm/exposed_pct",), False),
-        ("Gradient reduction, s", ("comm/allreduce_s",), False),
-        ("Bus bandwidth, GB/s", ("comm/bus_gb_per_s",), False),
-        ("Bytes per step", ("comm/bytes_per_step",), False),
-        ("Slowest rank behind the fastest, s", ("comm/rank_skew_s",), False),
-    ),
-    "Memory": (("Memory, GiB", ("memory/peak_gib", "memory/active_gib", "memory/cache_gib"), False),),
-    "Pipeline": (("Bubble, %", ("pp/bubble_pct",), False),),
-}
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -76,14 +44,24 @@ def build_workspace(entity: str, project: str) -> Any:
             name=name,
             is_open=True,
             panels=[
-                panels.LinePlot(title=title, x=STEP_KEY, y=list(keys), log_y=log or None) for title, keys, log in plots
+                panels.LinePlot(title=title, x=STEP_KEY, y=keys, log_y=log or None)
+                for title, (keys, log) in panels_of(name).items()
             ],
         )
-        for name, plots in SECTIONS.items()
+        for name in SECTIONS
     ]
     return workspaces.Workspace(
         entity=entity, project=project, name=WORKSPACE_NAME, sections=sections, auto_generate_panels=False
     )
+
+
+def panels_of(section: str) -> dict[str, tuple[list[str], bool]]:
+    """The panels of a section: title -> the keys that it shows, and whether it is logarithmic."""
+    panels: dict[str, tuple[list[str], bool]] = {}
+    for metric in METRICS:
+        if metric.section == section:
+            panels.setdefault(metric.panel, ([], metric.log_scale))[0].append(metric.key)
+    return panels
 
 
 def definition(workspace: Any) -> dict[str, Any]:

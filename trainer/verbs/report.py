@@ -6,7 +6,7 @@ share every chart, and what differs between them is listed.
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -14,7 +14,8 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from trainer.files.storage import read_json
-from trainer.metrics.rows import STEP_KEY, read_rows
+from trainer.metrics.rows import read_rows
+from trainer.metrics.table import METRICS, STEP_KEY, Metric
 from trainer.recipe.load import flattened
 from trainer.reports.charts import (
     PALETTE,
@@ -28,43 +29,11 @@ from trainer.reports.charts import (
 from trainer.reports.page import chart_card, folded, page, section, table
 
 PER_DEVICE = "throughput/tokens_per_sec_per_device"
-# title, row key, from zero, logarithmic where spread wide
-CHARTS: tuple[tuple[str, str, bool, bool], ...] = (
-    ("Exact match on held-out rows, fraction", "eval/exact_match", True, False),
-    ("Tokens per second", "throughput/tokens_per_sec", True, False),
-    ("Tokens per second and device", PER_DEVICE, True, False),
-    ("TFLOP/s per device", "throughput/tflops_per_device", True, False),
-    ("Model FLOPs utilisation, %", "throughput/mfu_pct", True, False),
-    ("Scaling efficiency, %", "throughput/scaling_efficiency_pct", True, False),
-    ("Seconds per step", "time/step_s", True, False),
-    ("Padding, % of positions", "throughput/padding_pct", True, False),
-    ("Communication not hidden behind compute, % of the step", "comm/exposed_pct", True, False),
-    ("All-reduce of a sampled step, seconds", "comm/allreduce_s", True, False),
-    ("Bus bandwidth, GB/s", "comm/bus_gb_per_s", True, False),
-    ("Slowest rank behind the fastest, seconds", "comm/rank_skew_s", True, False),
-    ("Pipeline bubble, %", "pp/bubble_pct", True, False),
-    ("Peak memory, GiB", "memory/peak_gib", True, False),
-    ("Memory in use, GiB", "memory/active_gib", True, False),
-    ("Memory cached, GiB", "memory/cache_gib", True, False),
-    ("Learning rate", "train/learning_rate", True, False),
-    ("Gradient norm before clipping", "train/grad_norm", False, True),
-    ("Skipped steps", "train/skipped_steps", True, False),
-)
 STEP_PARTS = (
     ("data", "time/data_s"),
     ("compute", "time/compute_s"),
     ("communication", "comm/allreduce_s"),
     ("optimizer", "time/optimizer_s"),
-)
-FIGURES: tuple[tuple[str, str, Callable[[Sequence[float]], float], Callable | None], ...] = (
-    ("steps", STEP_KEY, max, None),
-    ("tokens", "train/num_tokens", max, None),
-    ("last train loss", "train/loss", lambda values: values[-1], min),
-    ("best eval loss", "eval/loss", min, min),
-    ("best exact match", "eval/exact_match", max, max),
-    ("median tokens/s", "throughput/tokens_per_sec", lambda values: sorted(values)[len(values) // 2], max),
-    ("peak memory, GiB", "memory/peak_gib", max, min),
-    ("skipped steps", "train/skipped_steps", max, None),
 )
 MAX_SAMPLES = 12
 # Training loss is shown smoothed over a sixtieth of the run to each side.
@@ -108,7 +77,7 @@ def report(folders: Sequence[Path]) -> str:
     """
     names = _short_names(folders)
     runs = [read_run(folder, name, PALETTE[i % len(PALETTE)]) for i, (folder, name) in enumerate(zip(folders, names))]
-    charts = [_loss_chart(runs), *(_chart(runs, *chart) for chart in CHARTS), _step_split(runs)]
+    charts = [_loss_chart(runs), *(_chart(runs, metric) for metric in _charted()), _step_split(runs)]
     sections = [
         section("Figures", _figures(runs)),
         section("Differences", _differences(runs)),
@@ -182,7 +151,13 @@ def _loss_chart(runs: Sequence[RunFiles]) -> str:
     return chart_card("Loss", legend, line_chart(series, steps=_steps(runs))) if series else ""
 
 
-def _chart(runs: Sequence[RunFiles], title: str, key: str, from_zero: bool, log: bool) -> str:
+def _charted() -> list[Metric]:
+    """Metrics with a chart; those of the optimizer come last."""
+    return sorted((metric for metric in METRICS if metric.chart), key=lambda metric: metric.key.startswith("train/"))
+
+
+def _chart(runs: Sequence[RunFiles], metric: Metric) -> str:
+    key = metric.key
     having = [run for run in runs if run.values(key)]
     if key == PER_DEVICE and all(run.values(key) == run.values("throughput/tokens_per_sec") for run in having):
         return ""
@@ -190,9 +165,10 @@ def _chart(runs: Sequence[RunFiles], title: str, key: str, from_zero: bool, log:
         return ""
     series = [Series(run.name, run.color, run.points(key), dots=key.startswith("eval/")) for run in having]
     values = [value for run in having for value in run.values(key)]
-    log = log and min(values) > 0 and max(values) / min(values) > 30
+    log = metric.log_scale and min(values) > 0 and max(values) / min(values) > 30
     legend = [(run.name, run.color, "line") for run in having]
-    return chart_card(title, legend, line_chart(series, from_zero=from_zero, log=log, steps=_steps(runs)))
+    chart = line_chart(series, from_zero=not metric.log_scale, log=log, steps=_steps(runs))
+    return chart_card(metric.chart, legend, chart)
 
 
 def _steps(runs: Sequence[RunFiles]) -> tuple[float, float]:
@@ -219,18 +195,18 @@ def _step_split(runs: Sequence[RunFiles]) -> str:
 
 def _figures(runs: Sequence[RunFiles]) -> str:
     rows = []
-    for title, key, pick, better in FIGURES:
-        picked = [pick(run.values(key)) if run.values(key) else None for run in runs]
+    for figure, key in [(metric.figure, metric.key) for metric in METRICS if metric.figure]:
+        picked = [figure.of(run.values(key)) if run.values(key) else None for run in runs]
         known = [value for value in picked if value is not None]
         if not known:
             continue
-        best = better(known) if better and len(runs) > 1 else None
+        best = figure.better(known) if figure.better and len(runs) > 1 else None
         cells = [
             f'<td class="n{" best" if value is not None and value == best else ""}">'
             f"{'–' if value is None else number(value)}</td>"
             for value in picked
         ]
-        rows.append([escape(title), *cells])
+        rows.append([escape(figure.title), *cells])
     return table(["", *(run.name for run in runs)], rows)
 
 
