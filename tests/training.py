@@ -6,7 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import comm
 from trainer.__main__ import main
+from trainer.recipe.config import Recipe
+from trainer.running.run import run_recipe
+from trainer.training.requests import Stop
 
 
 @contextmanager
@@ -18,6 +22,11 @@ def kept_signals() -> Iterator[None]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def train(recipe: Recipe, world: comm.Group, stop: Stop, notices: list[str]) -> int:
+    """Run a recipe; the exit code that the command line would have."""
+    return run_recipe(recipe, world, stop, notices).code
 
 
 def train_with_recipe(text: str, folder: Path) -> list[dict]:

@@ -32,6 +32,7 @@ TRAINER = (
     ("build", "memory"),
     ("checkpoint", "bench", "reports"),
     ("results",),
+    ("running",),
     ("verbs",),
     ("__main__",),
 )

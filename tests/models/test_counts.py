@@ -7,7 +7,7 @@ from mlx.utils import tree_flatten
 
 import comm
 from tiny import make
-from trainer.verbs.run import _num_elements
+from trainer.running.words import num_elements
 
 
 def test_a_quantized_model_counts_its_weights() -> None:
@@ -16,4 +16,4 @@ def test_a_quantized_model_counts_its_weights() -> None:
     expected = sum(array.size for _, array in tree_flatten(model.parameters()))
     nn.quantize(model, group_size=32, bits=4)
     parts = SimpleNamespace(model=model, mesh=SimpleNamespace(pp=comm.solo()))
-    assert _num_elements(parts, model.parameters()) == expected
+    assert num_elements(parts, model.parameters()) == expected

@@ -23,10 +23,11 @@ from trainer.metrics.rows import read_rows
 from trainer.recipe.config import LimitsConfig
 from trainer.recipe.load import to_yaml
 from trainer.results.opened import recipe_of
+from trainer.running import run
 from trainer.training.progress import Progress, StopRules
-from trainer.verbs import run
+from trainer.training.requests import Stop
 from trainer.verbs.export import open_run
-from trainer.verbs.run import Stop, train
+from training import train
 
 ROOT = Path(__file__).parents[2]
 # Validation loss after each step: best at step 3, and no better in the three validations after it.
@@ -60,7 +61,7 @@ def rows(tmp_path_factory):
 def scripted(monkeypatch):
     """Validations that measure what `LOSSES` says."""
 
-    def evaluation(parts, metrics):
+    def evaluation(parts, metrics, callbacks):
         def evaluate(step):
             metrics.log({"train/global_step": step, "eval/loss": LOSSES[step]})
             return {"eval/loss": LOSSES[step]}

@@ -15,7 +15,8 @@ from trainer.__main__ import main
 from trainer.build import build
 from trainer.metrics.rows import read_rows
 from trainer.results.opened import load_result
-from trainer.verbs.run import Stop, train
+from trainer.training.requests import Stop
+from training import train
 
 TOKENS = mx.array([[5, 9, 2, 7, 31, 8, 4, 11]])
 ARCHITECTURES = ("llama", "qwen3", "qwen3_moe", "qwen3_5", "gemma3")

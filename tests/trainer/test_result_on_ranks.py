@@ -11,8 +11,9 @@ import comm
 from ranks import ROOT, slowness
 from tiny_recipes import tiny_recipe, write_rows
 from trainer.__main__ import main
+from trainer.training.requests import Stop
 from trainer.verbs.generate import END, _typed_lines
-from trainer.verbs.run import Stop, train
+from training import train
 
 TYPED = "alpha beta\n\ngamma delta \xe9\n"
 LAUNCH = [sys.executable, "-m", "comm", "launch", "-n", "2", "--", sys.executable, "-m", "trainer"]

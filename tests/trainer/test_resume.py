@@ -10,7 +10,8 @@ import comm
 from tiny_recipes import run_apart, tiny_recipe, write_rows
 from trainer.files.storage import file_record
 from trainer.metrics.rows import read_rows
-from trainer.verbs.run import Stop, train
+from trainer.training.requests import Stop
+from training import train
 
 STEPS, SAVED_EVERY, KILLED_AT = 8, 3, 5
 CASES = {
@@ -112,7 +113,7 @@ def test_result_of_an_earlier_run_is_not_this_one_s(rows, tmp_path, monkeypatch)
     old = (folder / "result.json").read_bytes()
     anew = recipe(rows, folder, "lora", seed=1, checkpoint={"every": SAVED_EVERY, "resume": "none"})
     with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
-        killed.setattr("trainer.verbs.run.finish", kill)
+        killed.setattr("trainer.running.run.finish", kill)
         run_here(anew)
     assert not (folder / "result.json").exists()
     (folder / "result.json").write_bytes(old)  # as of a run that could not take it back

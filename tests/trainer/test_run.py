@@ -18,7 +18,8 @@ from tiny_recipes import MODELS, run_apart, tiny_recipe, write_rows
 from trainer.__main__ import main
 from trainer.metrics.rows import read_rows
 from trainer.recipe.load import to_yaml
-from trainer.verbs.run import Stop, train
+from trainer.training.requests import Stop
+from training import train
 
 
 @pytest.fixture(scope="module")

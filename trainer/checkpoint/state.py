@@ -46,8 +46,10 @@ class Found:
     run: int = 0
 
 
-def save_checkpoint(parts: Parts, folder: CheckpointFolder, progress: Progress) -> None:
+def save_checkpoint(parts: Parts, folder: CheckpointFolder, progress: Progress) -> Path | None:
     """Write a checkpoint: trainable weights, optimizer state, and what continues the plan. Every rank calls it.
+
+    Returns its folder; None on ranks without a disk.
 
     With a patience the best one stays beside the last ones. A run that is given up loses none: what it learned lately
     may be worth nothing.
@@ -74,7 +76,7 @@ def save_checkpoint(parts: Parts, folder: CheckpointFolder, progress: Progress) 
     # A save that fails on rank 0 still takes part in every gather, so the ranks can agree about it afterwards.
     folder.pin(progress.best_step if parts.recipe.eval.patience else None)
     given_up = progress.high_rows >= WATCHDOG_ROWS
-    together(parts.world, lambda: folder.save(progress.step, files, state, keep_all=given_up))
+    return together(parts.world, lambda: folder.save(progress.step, files, state, keep_all=given_up))
 
 
 def find_checkpoint(recipe: Recipe, folder: CheckpointFolder, world: comm.Group, notice: Notice) -> Found:

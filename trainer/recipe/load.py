@@ -20,11 +20,11 @@ from trainer.recipe.rules import check
 __all__ = ["Problem", "Recipe", "RecipeError", "load_recipe", "recipe_from", "to_yaml"]
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(source: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] = ()) -> Recipe:
     """Read and check a recipe.
 
     Args:
-        path: The YAML file.
+        source: The YAML file, its settings as a dictionary, or a `Recipe`.
         overrides: Settings such as ``optimizer.lr=2e-4``, applied in order; the values are YAML.
 
     Returns:
@@ -39,10 +39,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    path = Path(path)
+    path = Path(source) if isinstance(source, (str, Path)) else Path("recipe")
     problems: list[Problem] = []
     try:
-        tree = OmegaConf.create(_read_text(path))
+        tree = OmegaConf.create(_read_text(path) if isinstance(source, (str, Path)) else _settings(source))
         # An empty file is an empty recipe; text or a list at the top has no keys to set.
         if not OmegaConf.is_dict(tree):
             raise RecipeError([Problem("", None, "a recipe is a map of keys to values")], str(path))
@@ -75,6 +75,10 @@ def recipe_from(
     if found or rules:
         raise RecipeError([*found, *rules], str(source))
     return dataclasses.replace(recipe, output_dir=recipe.output_dir.replace("{recipe}", Path(source).stem))
+
+
+def _settings(source: dict[str, Any] | Recipe) -> dict[str, Any]:
+    return dataclasses.asdict(source) if isinstance(source, Recipe) else source
 
 
 def to_yaml(recipe: Recipe) -> str:

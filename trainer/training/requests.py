@@ -1,7 +1,9 @@
 """What a person asks of a running training: a signal to stop, or a checkpoint now."""
 
 import signal
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,19 @@ class Stop:
             if signal.getsignal(number) != signal.SIG_IGN or number != signal.SIGHUP:
                 signal.signal(number, self._receive)
         return self
+
+    @contextmanager
+    def installed(self) -> Iterator["Stop"]:
+        """Take the signals over for the duration of a `with` block; outside of the main thread they stay as they are."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        kept = {number: signal.getsignal(number) for number in SIGNALS}
+        try:
+            yield self.install()
+        finally:
+            for number, handler in kept.items():
+                signal.signal(number, handler)
 
     def requested(self) -> int:
         """The signal received so far, or 0."""

@@ -15,7 +15,8 @@ load_fast_blas()  # before anything imports MLX
 
 import comm
 from trainer.recipe.load import recipe_from
-from trainer.verbs.run import Stop, train
+from trainer.training.requests import Stop
+from training import train
 
 LARGEST_FILE_BYTES = 32768
 
