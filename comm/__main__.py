@@ -3,11 +3,12 @@
 import argparse
 import os
 import shlex
+import shutil
 import sys
 from typing import Any
 
 from comm.capabilities import CAPABILITIES
-from comm.job import SSH
+from comm.launcher.job import SSH
 
 BACKENDS = tuple(CAPABILITIES)
 
@@ -30,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
             return _bench(options)
         except ValueError as error:
             parser.exit(2, f"error: {error}\n")
-    from comm.doctor import main as run_doctor
+    from comm.tools.doctor import main as run_doctor
 
     return run_doctor(options)
 
@@ -38,22 +39,21 @@ def main(arguments: list[str] | None = None) -> int:
 def _launch(
     parser: argparse.ArgumentParser, options: argparse.Namespace, command: list[str]
 ) -> int:
-    from comm.job import Job, make_hosts, mpi_job
-    from comm.launch import launch
+    from comm.launcher.job import Job, make_hosts, mpi_job
+    from comm.launcher.launch import launch
 
     if not command:
         parser.error("launch needs the program to start: python -m comm launch -n 2 -- python x.py")
     try:
-        hosts = make_hosts(options.num_ranks, options.hosts, options.hostfile)
+        hosts = make_hosts(options.num_ranks, options.hosts, options.hostfile, options.backend)
     except ValueError as error:
         parser.exit(2, f"error: {error}\n")
-    backend = options.backend or hosts.backend or "ring"
     job = Job(
-        tuple(command), hosts, backend, options.timeout, options.max_restarts,
+        tuple(command), hosts, hosts.backend, options.timeout, options.max_restarts,
         options.python, options.ssh, options.cwd,
     )  # fmt: skip
     try:
-        return launch(mpi_job(job) if backend == "mpi" else job)
+        return launch(mpi_job(job) if job.backend == "mpi" else job)
     except ValueError as error:
         parser.exit(2, f"error: {error}\n")
 
@@ -62,11 +62,11 @@ def _bench(options: argparse.Namespace) -> int:
     if options.launchers:
         import json
 
-        from comm.bench_launch import compare_launchers
+        from comm.tools.bench_launch import compare_launchers
 
         print(json.dumps(compare_launchers(options.repeats)))
         return 0
-    from comm.bench import main as run_bench
+    from comm.tools.bench import main as run_bench
 
     return run_bench(options)
 
@@ -129,6 +129,7 @@ def _add_doctor(verbs: Any) -> None:
     doctor.add_argument("--hostfile", help="hosts as mlx.distributed_config writes them")
     doctor.add_argument("--python", default="python3", help="interpreter on other hosts")
     doctor.add_argument("--ssh", default=SSH, type=_command, help="command that reaches them")
+    doctor.add_argument("--cwd", default=os.getcwd(), help="folder that the job will start in")
 
 
 def _seconds(text: str) -> float:
@@ -146,8 +147,8 @@ def _command(text: str) -> str:
         words = shlex.split(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no command: {error}") from None
-    if not words or "\0" in text:
-        raise argparse.ArgumentTypeError(f"{text!r} is no command")
+    if not words or "\0" in text or not shutil.which(words[0]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no command that can be found here")
     return text
 
 

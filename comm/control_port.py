@@ -10,12 +10,16 @@ import logging
 import selectors
 import socket
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from comm.heartbeat import Channel
+from comm.probe import interfaces
 
 _log = logging.getLogger(__name__)
 
+CONNECT_SECONDS = 5.0  # for one address of rank 0 to answer
 UNKNOWN_SECONDS = 10.0  # for a connection to say which rank it is
 NUM_STRANGERS = 32  # beside one for each rank, as all ranks may connect at once
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -99,3 +103,28 @@ class ControlPort:
             # The waiting connection would wake the selector without end.
             self._selector.unregister(self.listener)
             self._listens = False
+
+
+def listen(own: Mapping[str, Any]) -> tuple[socket.socket, list[tuple[str, int]]]:
+    """Rank 0's listener and where others may reach it.
+
+    Where no launcher says which address all hosts reach, that is any of this host's: in a ring of cables the first one
+    leads to one neighbour only.
+    """
+    if own["control"]:
+        listener = socket.create_server((own["control"], 0))
+        return listener, [listener.getsockname()[:2]]
+    found = [ip for interface in interfaces().values() for ip in interface["ips"] if not ip.startswith("127.")]
+    addresses = list(dict.fromkeys([*own["ring"], *found]))
+    listener = socket.create_server(("" if len(addresses) > 1 else addresses[0], 0))
+    return listener, [(address, listener.getsockname()[1]) for address in addresses]
+
+
+def reach(endpoints: list[tuple[str, int]]) -> socket.socket | None:
+    """A connection to the first of the addresses that answers."""
+    for ip, port in endpoints:
+        try:
+            return socket.create_connection((ip, port), timeout=CONNECT_SECONDS)
+        except OSError:
+            continue
+    return None

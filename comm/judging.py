@@ -8,7 +8,7 @@ phase itself must report progress or move on some rank (see `progress.py`).
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from comm.progress import WITHOUT_REPORTS
+from comm.progress import WITHOUT_BOUND
 
 PROBE_SECONDS = 3.0  # before the time-out, for the ranks' answers to be here by then
 LEFT_SECONDS = 25.0  # with the ticks of rank and judge, the job ends within 30
@@ -122,7 +122,7 @@ class Judge:
     def _still_phase(
         self, table: Sequence[RankStatus], present: list[int], in_phase: list[int]
     ) -> str | None:
-        if any(table[rank].phase in WITHOUT_REPORTS for rank in in_phase) or not in_phase:
+        if any(table[rank].phase in WITHOUT_BOUND for rank in in_phase) or not in_phase:
             return None
         # One that moves may be what the others wait for.
         still = min(table[rank].idle_seconds for rank in present)

@@ -22,7 +22,9 @@ def broadcast_object(obj: Any, group: Group, root: int = 0) -> Any:
     """
     payload = _encode(obj) if group.rank == root else mx.zeros((0,), dtype=mx.uint8)
     length = int(group.all_max(mx.array([payload.size], dtype=mx.int32)).item())
-    return _decode(group.broadcast(_padded(payload, length), root), length)
+    found = _decode(group.broadcast(_padded(payload, length), root), length)
+    group.progress.settle()
+    return found
 
 
 def all_gather_object(obj: Any, group: Group) -> list[Any]:
@@ -30,7 +32,9 @@ def all_gather_object(obj: Any, group: Group) -> list[Any]:
     payload = _encode(obj)
     lengths = group.all_gather(mx.array([payload.size], dtype=mx.int32)).tolist()
     rows = group.all_gather(_padded(payload, max(lengths))[None])
-    return [_decode(row, length) for row, length in zip(rows, lengths, strict=True)]
+    found = [_decode(row, length) for row, length in zip(rows, lengths, strict=True)]
+    group.progress.settle()
+    return found
 
 
 def _encode(obj: Any) -> mx.array:

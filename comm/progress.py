@@ -11,8 +11,10 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-# Phases that download, of which no progress is seen here; they may be still for any time.
-WITHOUT_REPORTS = ("loading", "reading")
+# Other packages work here and report nothing: that the processor works is progress.
+BY_PROCESSOR = ("loading",)
+# A person types, who may take any time.
+WITHOUT_BOUND = ("reading",)
 
 
 class Progress:
@@ -32,14 +34,21 @@ class Progress:
         self.needs_others = dtype is not None
         self.last = (self.last[0] + 1, what, time.monotonic())
 
+    def settle(self) -> None:
+        """Notes that the last operation is over on this rank, which from here on works alone."""
+        self.needs_others = False
+
     @contextmanager
     def long_phase(self, name: str) -> Iterator[None]:
         """While it lasts, no rank's waiting counts towards the watchdog's time-out.
 
         Where no rank's main thread moves, issues an operation or reports for
-        `COMM_PHASE_TIMEOUT` seconds, the watchdog takes it for a hang.
+        `COMM_PHASE_TIMEOUT` seconds, the watchdog takes it for a hang. In the phase "loading" a
+        rank also moves as long as its other threads, which may download, use the processor; the
+        phase "reading" waits for a person and has no bound.
         """
         outer, self.phase = self.phase, name
+        self.settle()
         self.report()
         try:
             yield

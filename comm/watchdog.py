@@ -21,19 +21,17 @@ from typing import Any
 
 from comm.addresses import own_addresses
 from comm.cables import AnsweringPorts, silent_addresses
-from comm.control_port import ControlPort, Peer
+from comm.control_port import ControlPort, Peer, listen, reach
+from comm.ending import GRACE_SECONDS, farewells, leave_after
 from comm.group import Group
 from comm.heartbeat import Channel, Malformed
-from comm.ending import GRACE_SECONDS, farewells, leave_after
 from comm.judging import Judge, RankStatus, rank_names
 from comm.objects import all_gather_object, broadcast_object
-from comm.probe import interfaces
-from comm.progress import Progress
+from comm.progress import BY_PROCESSOR, Progress
 
 _log = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT_SECONDS = 300.0
-CONNECT_SECONDS = 5.0  # for one address of rank 0 to answer
 DEFAULT_PHASE_TIMEOUT_SECONDS = 600.0
 
 
@@ -48,10 +46,10 @@ def start_watchdog(world: Group, environ: Mapping[str, str] = os.environ) -> "Wa
     if world.size == 1 or timeout == 0:
         return None
     own = own_addresses(environ)
-    listener, endpoints = _listen(own) if world.rank == 0 else (None, [])
+    listener, endpoints = listen(own) if world.rank == 0 else (None, [])
     ports = AnsweringPorts(own["ring"])
     rows = all_gather_object([own["host"], endpoints, ports.endpoints], world)
-    hub = _reach(rows[0][1]) if world.rank else None
+    hub = reach(rows[0][1]) if world.rank else None
     lonely = [rank for rank, ok in enumerate(all_gather_object(world.rank == 0 or hub is not None, world)) if not ok]
     if lonely:
         if world.rank == 0:
@@ -69,31 +67,6 @@ def start_watchdog(world: Group, environ: Mapping[str, str] = os.environ) -> "Wa
     farewells.append(watchdog.close)
     sys.excepthook = leave_after(sys.excepthook, world.progress)
     return watchdog
-
-
-def _listen(own: Mapping[str, Any]) -> tuple[socket.socket, list[tuple[str, int]]]:
-    """Rank 0's listener and where others may reach it.
-
-    Where no launcher says which address all hosts reach, that is any of this host's: in a ring of cables the first one
-    leads to one neighbour only.
-    """
-    if own["control"]:
-        listener = socket.create_server((own["control"], 0))
-        return listener, [listener.getsockname()[:2]]
-    found = [ip for interface in interfaces().values() for ip in interface["ips"] if not ip.startswith("127.")]
-    addresses = list(dict.fromkeys([*own["ring"], *found]))
-    listener = socket.create_server(("" if len(addresses) > 1 else addresses[0], 0))
-    return listener, [(address, listener.getsockname()[1]) for address in addresses]
-
-
-def _reach(endpoints: list[tuple[str, int]]) -> socket.socket | None:
-    """A connection to the first of the addresses that answers."""
-    for ip, port in endpoints:
-        try:
-            return socket.create_connection((ip, port), timeout=CONNECT_SECONDS)
-        except OSError:
-            continue
-    return None
 
 
 def timeout_seconds(environ: Mapping[str, str]) -> float:
@@ -290,7 +263,7 @@ class Watchdog:
     def _own_status(self, now: float) -> RankStatus:
         number, operation, _ = self.progress.last
         frame = sys._current_frames().get(self._main or 0)
-        place = (id(frame), frame.f_lasti if frame else 0, number, self.progress.num_reports)
+        place = (id(frame), frame.f_lasti if frame else 0, number, self.progress.num_reports, self._work())
         if place != self._place:
             self._place, self._moved = place, now
         host = self.table[self.rank].host
@@ -306,6 +279,12 @@ class Watchdog:
             lost_peer=lost_peer,
             silent_addresses=self._silent_addresses,
         )
+
+    def _work(self) -> int:
+        """Tenths of a second that the processor has worked, where that counts as progress."""
+        if self.progress.phase not in BY_PROCESSOR or self.progress.needs_others:
+            return 0
+        return int(10 * (time.process_time() - time.thread_time()))
 
     def _end_where_due(self, ranks: Sequence[int], elapsed: float) -> None:
         reason = self._judge.reason_to_end(self.table, ranks, elapsed)

@@ -4,26 +4,29 @@ Research code imports from here; everything works the same on 1 and on N ranks.
 """
 
 from parallel.own_comm import init  # first: it says so where another package hides `comm`
-from parallel.api import Span, StepTimes, evaluate, value_and_grad
-from parallel.data import DataParallel
+
+# isort: split
+from parallel.api import Batch, Span, Step, StepTimes, evaluate, value_and_grad
+from parallel.data_parallel import DataParallel
 from parallel.fsdp import FullyShardedDataParallel
-from parallel.heads import Head, hidden_and_head
-from parallel.layout import gather_tensors, model_layout, slice_tensors
-from parallel.linear import shard_linear
+from parallel.layout import ParameterLayout, gather_tensors, model_layout, slice_tensors
+from parallel.lm_head import Head, hidden_and_head
 from parallel.norm import clip_grad_norm, global_norm
 from parallel.pipeline import PipelineParallel, bubble_pct
 from parallel.row_threads import RowThreads
-from parallel.tensor import TensorParallel
-from parallel.vocab import cross_entropy
-from parallel.wrapper import Wrapper, unwrap
+from parallel.tensor import TensorParallel, cross_entropy, shard_linear
+from parallel.wrapper import Wrapper, parallel_state, unwrap
 
 __all__ = [
+    "Batch",
     "DataParallel",
     "FullyShardedDataParallel",
     "Head",
+    "ParameterLayout",
     "PipelineParallel",
     "RowThreads",
     "Span",
+    "Step",
     "StepTimes",
     "TensorParallel",
     "Wrapper",
@@ -36,6 +39,7 @@ __all__ = [
     "hidden_and_head",
     "init",
     "model_layout",
+    "parallel_state",
     "shard_linear",
     "slice_tensors",
     "unwrap",

@@ -6,9 +6,9 @@ are small enough to stay in caches, and only one slice per thread holds activati
 number of threads fixes: equal calls give equal bits. GPUs gain nothing from it.
 """
 
-import atexit
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -26,6 +26,7 @@ SLICE_TOKENS = 512
 # Each thread sums gradients in a float32 tree of its own; those beyond the first take at most this much.
 EXTRA_GRADIENT_BYTES = 4 << 30
 TEARDOWN_SECONDS = 0.1  # for threads to be gone, where the system does not say that they are
+LONGEST_TEARDOWN_SECONDS = 5.0  # where it does; a new thread may have got the number of an ended one
 
 Batch = dict[str, Any]
 
@@ -50,10 +51,17 @@ class RowThreads:
         self.slice_tokens = slice_tokens
         self._num_threads = num_threads
         self._around = around
-        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="rows")
+        started: list[threading.Thread] = []
+        self._pool = ThreadPoolExecutor(
+            num_threads, thread_name_prefix="rows", initializer=lambda: started.append(threading.current_thread())
+        )
         self._tracing = threading.Lock()
-        # At exit Python has joined the threads already.
-        atexit.register(_await_teardown, self._pool._threads)
+        # Ends the threads; called by `close`, with this object's end, or at the process's exit, whichever is first.
+        self._end = weakref.finalize(self, _end_threads, self._pool, started)
+
+    def close(self) -> None:
+        """End the threads; `sums` may not be called afterwards. Happens by itself once nobody holds this object."""
+        self._end()
 
     def sums(self, model: nn.Module, loss_and_grad: Callable, batch: Batch) -> list[Any] | None:
         """[loss_sum, num_tokens, grads] of a micro-batch, evaluated, or None where one thread would do all.
@@ -101,8 +109,7 @@ class RowThreads:
                     f"the batch's {num_rows} rows."
                 )
         step = max(1, self.slice_tokens // num_tokens)
-        rows = [slice(start, start + step) for start in range(0, num_rows, step)]
-        return [tree_map(lambda value: value[some] if hasattr(value, "shape") else value, batch) for some in rows]
+        return [_rows_of(batch, slice(start, start + step)) for start in range(0, num_rows, step)]
 
     def _sum_of(
         self, jobs: Sequence[tuple[int, Batch]], model: nn.Module, loss_and_grad: Callable, stop: threading.Event
@@ -131,13 +138,19 @@ class RowThreads:
             return add_sums(total, [loss, num_tokens, grads]), outputs
 
 
-def _await_teardown(threads: set[threading.Thread]) -> None:
-    """Waits until ended threads have left the system too: MLX ends their streams then, and aborts where the process
-    ends meanwhile."""
+def _rows_of(batch: Batch, rows: slice) -> Batch:
+    return tree_map(lambda value: value[rows] if hasattr(value, "shape") else value, batch)
+
+
+def _end_threads(pool: ThreadPoolExecutor, threads: list[threading.Thread]) -> None:
+    """Also waits until the threads have left the system: MLX ends their streams then, and aborts where the process ends
+    meanwhile."""
+    pool.shutdown()
     tasks = Path("/proc/self/task")
     if threads and not tasks.exists():
         time.sleep(TEARDOWN_SECONDS)
-    while any((tasks / str(thread.native_id)).exists() for thread in threads):
+    deadline = time.monotonic() + LONGEST_TEARDOWN_SECONDS
+    while any((tasks / str(thread.native_id)).exists() for thread in threads) and time.monotonic() < deadline:
         time.sleep(0.001)
 
 

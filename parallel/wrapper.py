@@ -13,6 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_map
 
 import comm
 from parallel.phases import Phases
@@ -56,6 +57,17 @@ class ParallelState:
             yield
         finally:
             self.in_step = False
+
+    def guarded(self, outputs: Any) -> Any:
+        """What a model returns, any tree of arrays; on several replicas its gradient exists within a step only."""
+        replicas = self.groups.get("dp_replicate")
+        if self.in_step or replicas is None or replicas.size == 1:
+            return outputs
+        reason = (
+            "nn.value_and_grad on a DataParallel model gives the gradients of this rank's rows only, and the ranks would "
+            "drift apart; train with parallel.value_and_grad."
+        )
+        return tree_map(lambda output: without_gradient(output, [], reason), outputs)
 
     @property
     def is_local(self) -> bool:

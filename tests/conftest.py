@@ -7,15 +7,19 @@ for the fixture of that name, and parameters with the mark of that name.
 
 import os
 import platform
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 
-from trainer.blas import load_fast_blas
+from trainer.machine.blas import load_fast_blas
+
+# What a shell puts into the background ignores SIGINT, and so would every process that a test starts and interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 sys.path.insert(0, str(Path(__file__).parent))
-from sharding import parts_of, shard_of  # noqa: E402
+from sharding import parts_of, shard_of
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("MLX_DISABLE_COMPILE", "1")

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-from trainer.models.causal_conv import causal_conv
+from trainer.layers.causal_conv import causal_conv
 
 
 @contextmanager

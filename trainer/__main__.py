@@ -10,16 +10,25 @@ import argparse
 import contextlib
 import io
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trainer.blas import load_fast_blas
-from trainer.device_errors import translated
-from trainer.problems import USER_ERRORS, AgreedError, RecipeError, listing, nearest, sentence
-from trainer.shipped import recipes_folder
-from trainer.verbs import VERBS
+from trainer.machine.blas import load_fast_blas
+from trainer.machine.errors import translated
+from trainer.metrics.streams import turn_off_stdout
+from trainer.recipe.problems import (
+    USER_ERRORS,
+    AgreedError,
+    RecipeError,
+    listing,
+    nearest,
+    sentence,
+)
+from trainer.verbs.shipped import recipes_folder
+from trainer.verbs.table import VERBS
 
 # Set by mlx.launch and `python -m comm launch`, by JACCL, and by two families of mpirun.
 _RANK_VARIABLES = ("MLX_RANK", "JACCL_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
@@ -62,9 +71,15 @@ def run(words: list[str]) -> Outcome:
     if _rank() and VERBS[name].rank_0_alone:
         return Outcome(0)
     try:
-        return Outcome(VERBS[name].main(arguments))
+        code = VERBS[name].main(arguments)
+        sys.stdout.flush()
+        return Outcome(code)
     except KeyboardInterrupt:
         return Outcome(130)
+    except BrokenPipeError as error:
+        # The reader of `... | head` has seen enough.
+        turn_off_stdout()
+        return Outcome(128 + signal.SIGPIPE, error)
     except Exception as error:
         return _report(error, arguments)
 

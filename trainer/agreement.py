@@ -15,7 +15,7 @@ import mlx.core as mx
 
 import comm
 from trainer import __version__
-from trainer.problems import USER_ERRORS, AgreedSystemError, AgreedUserError, sentence
+from trainer.recipe.problems import USER_ERRORS, AgreedSystemError, AgreedUserError, sentence
 
 Result = TypeVar("Result")
 EXPECTED = (ValueError, OSError)

@@ -13,31 +13,50 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import comm
-from parallel import DataParallel, FullyShardedDataParallel, PipelineParallel, TensorParallel, value_and_grad
-from parallel.resolve import check_plan, plan_for
-from parallel.row_threads import RowThreads
-from trainer.adapters import load_into, read_adapter
+from parallel import (
+    DataParallel,
+    FullyShardedDataParallel,
+    PipelineParallel,
+    RowThreads,
+    TensorParallel,
+    value_and_grad,
+)
+from parallel.tensor import check_plan, plan_for
 from trainer.agreement import together
-from trainer.batches import Share, TrainingBatches
-from trainer.config import ModelConfig, ParallelConfig, Recipe
-from trainer.data import PlannedBatch, Splits, TokenizedRows, bucket_lengths, corpus, load_splits, plan_epoch, plan_packed
-from trainer.evaluation import Evaluator
-from trainer.flops import token_flops
-from trainer.loading import BaseModel, materialize, num_embeddings, open_model, open_tokenizer
-from trainer.lora import DropoutKeys, LoRASpec, attach, find_targets, limits_on_experts
-from trainer.loss import TokenLoss
-from trainer.machine import row_threads
-from trainer.models.checkpointing import checkpoint_layers
-from trainer.models.lora_matmul import use_fast_lora
-from trainer.models.prepare import prepare_for_training
-from trainer.models.segments import packing_supported
-from trainer.optim import Optimizer
-from trainer.paths import require_paths
-from trainer.rules import BatchSizes, MeshSizes, resolve_batch, resolve_mesh
+from trainer.data import (
+    PlannedBatch,
+    Splits,
+    TokenizedRows,
+    bucket_lengths,
+    corpus,
+    load_splits,
+    plan_epoch,
+    plan_packed,
+)
+from trainer.layers.checkpointing import checkpoint_layers
+from trainer.layers.segments import packing_supported
+from trainer.machine.facts import row_threads
+from trainer.model.flops import token_flops
+from trainer.model.loading import (
+    BaseModel,
+    materialize,
+    num_embeddings,
+    open_model,
+    open_tokenizer,
+    pad_token,
+)
+from trainer.model.lora import DropoutKeys, LoRASpec, limits_on_experts
+from trainer.model.method import prepare_model
+from trainer.recipe.config import ModelConfig, ParallelConfig, Recipe
+from trainer.recipe.paths import require_paths
+from trainer.recipe.rules import BatchSizes, MeshSizes, resolve_batch, resolve_mesh
+from trainer.training.batches import Share, TrainingBatches
+from trainer.training.evaluation import Evaluator
+from trainer.training.loss import TokenLoss
+from trainer.training.optim import Optimizer
 
 Notice = Callable[[str], None]
 
@@ -252,49 +271,6 @@ def open_parts(
     return Parts(recipe, world, sizes, batch, tokenizer, splits, base, TokenLoss(DropoutKeys(), packed))
 
 
-def prepare_model(recipe: Recipe, base: BaseModel, keys: DropoutKeys) -> LoRASpec | None:
-    """Layers made for training, and the recipe's parameters trainable; returns the adapters' spec, if any.
-
-    Raises:
-        ValueError: as `prepare_method`.
-    """
-    prepare_for_training(base.model)
-    spec = prepare_method(recipe, base, keys)
-    use_fast_lora(base.model)
-    return spec
-
-
-def prepare_method(recipe: Recipe, base: BaseModel, keys: DropoutKeys) -> LoRASpec | None:
-    """Make the recipe's parameters trainable and all others frozen; returns the adapters' spec, if any.
-
-    Raises:
-        ValueError: nothing would be trainable, or the adapters do not fit the model.
-    """
-    model = base.model
-    if recipe.method == "full":
-        if "quantization" in base.config:
-            raise ValueError("method: full cannot train quantized weights; use method: lora, or an unquantized model.")
-        model.unfreeze()
-        _require_trainable(model, "method: full")
-        return None
-    model.freeze()
-    lora = recipe.lora
-    if lora.init_from is not None:
-        adapter = read_adapter(lora.init_from, model, lora.dropout)
-        attach(model, adapter.spec, keys, recipe.seed)
-        load_into(model, adapter)
-        spec = adapter.spec
-    else:
-        paths = find_targets(model, lora.targets, lora.num_layers, recipe.method)
-        spec = LoRASpec(paths, lora.rank, lora.alpha / lora.rank, lora.dropout, recipe.method)
-        attach(model, spec, keys, recipe.seed)
-    outside = [path for path in spec.paths if "layers." not in path]
-    if spec.dropout > 0 and outside:
-        raise ValueError(f"lora.dropout={spec.dropout} works inside the layers only; {outside[0]} needs lora.dropout=0.")
-    _require_trainable(model, f"method: {recipe.method}")
-    return spec
-
-
 def decide_packing(recipe: Recipe, model: nn.Module, rows: TokenizedRows, size: int, notice: Notice) -> bool:
     """What `data.packing` means for this model and these rows.
 
@@ -326,21 +302,8 @@ def decide_packing(recipe: Recipe, model: nn.Module, rows: TokenizedRows, size: 
     return reason is None
 
 
-def pad_token(tokenizer: TokenizerWrapper) -> int:
-    """Id that fills rows up: the tokenizer's padding token, else its end of text, else 0. It is never a target."""
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return token
-    return 0
-
-
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def _require_trainable(model: nn.Module, setting: str) -> None:
-    if not tree_flatten(model.trainable_parameters()):
-        raise ValueError(f"{setting} leaves no trainable parameter in this model.")
 
 
 def _wire_dtype(parallel: ParallelConfig) -> mx.Dtype | None:

@@ -5,8 +5,8 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from trainer.resume import _check_base
-from trainer.weights_digest import weights_digest
+from trainer.checkpoint.state import _check_base
+from trainer.checkpoint.weights_digest import weights_digest
 
 
 def save(folder: Path, seed: int, name: str = "model.safetensors") -> str:

@@ -13,8 +13,9 @@ import mlx.core as mx
 import pytest
 from safetensors import safe_open
 
-from trainer.checkpoint import CheckpointError, CheckpointFolder, open_checkpoint
-from trainer.tensor_files import write_tensors
+from trainer.checkpoint.folder import CheckpointError, CheckpointFolder, open_checkpoint
+from trainer.files.storage import atomic_file, file_record
+from trainer.files.tensor_files import write_tensors
 
 
 def tensors_of(step: int) -> dict[str, mx.array]:
@@ -272,7 +273,7 @@ KILLED = """
 import sys
 from pathlib import Path
 import mlx.core as mx
-from trainer.checkpoint import CheckpointFolder
+from trainer.checkpoint.folder import CheckpointFolder
 folder = CheckpointFolder(Path(sys.argv[1]), keep_last=2)
 tensors = {f"t{i}": mx.full((50_000,), i) for i in range(20)}
 for step in range(1, 10_000):
@@ -297,3 +298,36 @@ def test_killed_while_saving(tmp_path: Path) -> None:
         assert found is not None
         assert found.step >= reported
         assert found.tensors("weights")["t3"][0].item() == 3
+
+
+def test_files_that_nobody_wrote_are_not_read(tmp_path: Path) -> None:
+    """Catches a stray shard whose tensors take the place of the checkpoint's, though its own files are whole."""
+    path = save(CheckpointFolder(tmp_path, None), 1)
+    expected = {name: tensor.tolist() for name, tensor in open_checkpoint(path).tensors("weights").items()}
+    stray = {name: mx.zeros_like(mx.array(tensor)) for name, tensor in expected.items()}
+    mx.save_safetensors(str(path / "weights-00002-of-00002.safetensors"), stray | {"more": mx.zeros(1)})
+    found = {name: tensor.tolist() for name, tensor in open_checkpoint(path).tensors("weights").items()}
+    assert found == expected
+
+
+def test_a_link_in_the_way_is_not_written_through(tmp_path: Path) -> None:
+    """Catches a file elsewhere that a planted link lets a run overwrite."""
+    other = tmp_path / "other"
+    other.write_text("untouched")
+    (tmp_path / "file.tmp").symlink_to(other)
+    with atomic_file(tmp_path / "file") as file:
+        file.write_text("new")
+    assert other.read_text() == "untouched" and (tmp_path / "file").read_text() == "new"
+    assert not (tmp_path / "file").is_symlink()
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "{}", '{"step": "x", "state": {}}', '{"step": 1, "state": []}', "[" * 100_000])
+def test_a_state_of_another_shape(tmp_path: Path, content: str) -> None:
+    """Catches a traceback for a state that somebody has written, its digest included."""
+    path = save(CheckpointFolder(tmp_path, None), 1)
+    (path / "state.json").write_text(content)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"]["state.json"] = vars(file_record(path / "state.json"))
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="state.json is not as written"):
+        open_checkpoint(path)

@@ -10,12 +10,12 @@ from mlx._distributed_utils.common import Hostfile
 
 import comm
 from comm.__main__ import main as command_line
-from comm.doctor import judge
 from comm.capabilities import missing_variables
 from comm.environment import ring_hosts
-from comm.hostfile import Host, HostList, read_hostfile
-from comm.job import Job, make_orders
+from comm.launcher.hostfile import Host, HostList, read_hostfile
+from comm.launcher.job import Job, make_orders
 from comm.probe import mac_addresses, mac_ports, probe, rdma_devices
+from comm.tools.doctor import judge
 
 HOSTFILES = Path(__file__).parents[2] / "recipes" / "hostfiles"
 
@@ -86,7 +86,21 @@ def test_hostfiles_that_come_along(name: str, backend: str, count: int) -> None:
         '[{"ssh": "a", "ips": "10.0.0.1"}]',
         '[{"ssh": "a", "rdma": 5}]',
         '{"hosts": [{"ssh": "a"}], "envs": 5}',
+        '{"hosts": [{"ssh": "a"}], "envs": ["A"]}',
+        '{"hosts": [{"ssh": "a"}], "envs": ["A=\\u0000"]}',
+        '{"hosts": [{"ssh": "a"}], "envs": ["A=\\ud800"]}',
+        '[{"ssh": ""}]',
+        '[{"ssh": "-oProxyCommand=true"}]',
+        '[{"ssh": "a b"}]',
+        '[{"ssh": "a\\u0000"}]',
+        '[{"ssh": "a\\ud800"}]',
+        '[{"ssh": "a", "ips": ["10.0.0.1", "10.0.1.1"]}, {"ssh": "b", "ips": ["10.0.0.2"]}]',
+        '[{"ssh": "a", "rdma": [null, 5]}, {"ssh": "b", "rdma": ["x", null]}]',
+        '[{"ssh": "a", "rdma": [null, ["x", {}]]}, {"ssh": "b", "rdma": ["x", null]}]',
+        '[{"ssh": "a", "rdma": [null, ["x", "y"]]}, {"ssh": "b", "rdma": ["x", null]}]',
+        "[" * 100_000,
     ],
+    ids=lambda content: content[:60],
 )
 def test_a_file_that_is_no_hostfile(tmp_path: Path, content: str) -> None:
     """Catches a stack trace where the user needs a sentence."""

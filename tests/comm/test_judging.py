@@ -50,12 +50,12 @@ def test_a_phase_that_moves_nowhere_is_a_hang() -> None:
     assert 0 < seconds_to_end(table, phase_timeout=20)[0] <= 22
 
 
-def test_a_phase_lasts_while_one_rank_moves_or_downloads() -> None:
-    """Catches a job ended while rank 0 alone writes for long, or a first download."""
+def test_a_phase_lasts_while_one_rank_moves_or_a_person_types() -> None:
+    """Catches a job ended while rank 0 alone writes for long, or nobody has typed a question yet."""
     judge = Judge(300, 600, 1.0)
     table = [waiting(7, phase="saving"), waiting(8, phase="saving", idle_seconds=9999.0)]
     assert judge.reason_to_end(table, [0, 1], 1.0) is None
-    assert seconds_to_end([waiting(7, phase="loading"), waiting(8)]) == (1000, "")
+    assert seconds_to_end([waiting(7, phase="reading"), waiting(8)]) == (1000, "")
 
 
 def test_a_silent_cable_is_named_where_all_wait() -> None:

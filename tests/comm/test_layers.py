@@ -8,11 +8,36 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ALLOWED = {
-    "comm": {"comm"},
-    "parallel": {"comm", "parallel"},
-    "trainer": {"comm", "parallel", "trainer"},
+PACKAGES = ("comm", "parallel", "trainer")
+# Folder -> what else its files may import from the three packages; the lower floors come first.
+FLOORS: dict[str, tuple[str, ...]] = {
+    "comm": (),
+    "comm/launcher": ("comm",),
+    "comm/tools": ("comm", "comm/launcher"),
+    "comm/__main__": ("comm", "comm/launcher", "comm/tools"),
+    "parallel": ("comm",),
+    "parallel/tensor": ("comm", "parallel"),
+    "parallel/pipeline": ("comm", "parallel"),
+    "parallel/fsdp": ("comm", "parallel"),
+    "parallel/__init__": ("parallel", "parallel/tensor", "parallel/pipeline", "parallel/fsdp"),
 }
+# The trainer's floors, the lowest first: a folder imports from its own line and from those above it here.
+TRAINER = (
+    ("data", "recipe", "files"),
+    ("agreement",),
+    ("layers", "metrics", "machine"),
+    ("model",),
+    ("generation",),
+    ("training",),
+    ("build", "memory"),
+    ("checkpoint", "bench", "reports"),
+    ("results",),
+    ("running",),
+    ("verbs",),
+    ("__main__",),
+)
+ALONE = ("data", "recipe", "files")  # import nothing of the trainer but themselves
+BELOW_TRAINER = ("comm", "trainer/__init__", "parallel/__init__", "parallel/tensor", "parallel/pipeline")
 COLLECTIVES = {
     "all_sum", "all_max", "all_min", "all_gather", "sum_scatter", "send", "recv", "recv_like",
 }  # fmt: skip
@@ -23,19 +48,63 @@ def sources(package: str) -> list[tuple[Path, ast.Module]]:
     return [(path, ast.parse(path.read_text())) for path in files]
 
 
-@pytest.mark.parametrize("package", ALLOWED)
-def test_imports_go_down_only(package: str) -> None:
-    """Catches a lower layer that imports a higher one."""
-    for path, tree in sources(package):
-        for node in ast.walk(tree):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom) and node.module:
-                names = [node.module]
-            tops = {name.split(".")[0] for name in names} & set(ALLOWED)
-            assert tops <= ALLOWED[package], f"{path}:{getattr(node, 'lineno', 0)} imports {tops}"
+def folder_of(module: str) -> str:
+    """The folder of a module, or the module itself where that stands beside the folders."""
+    top, *rest = module.split(".")
+    if top == "trainer":
+        return f"trainer/{rest[0] if rest else '__init__'}"
+    if rest and f"{top}/{rest[0]}" in FLOORS:
+        return f"{top}/{rest[0]}"
+    return "parallel/__init__" if module == "parallel" else top
 
 
-@pytest.mark.parametrize("package", ALLOWED)
+def imports() -> set[tuple[str, str, str]]:
+    """Every import between folders: the file, its folder, and the other's."""
+    found = set()
+    for package in PACKAGES:
+        for path, tree in sources(package):
+            module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+            for node in ast.walk(tree):
+                names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+                if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                    names = [node.module]
+                for name in names:
+                    if name.split(".")[0] in PACKAGES and folder_of(name) != folder_of(module):
+                        found.add((str(path.relative_to(ROOT)), folder_of(module), folder_of(name)))
+    return found
+
+
+def allowed_from(folder: str) -> set[str]:
+    if folder in FLOORS:
+        return set(FLOORS[folder])
+    name = folder.removeprefix("trainer/")
+    if name in ("__init__", *ALONE):
+        return set()
+    floor = next((number for number, names in enumerate(TRAINER) if name in names), None)
+    assert floor is not None, f"{folder} has no floor: add it to TRAINER"
+    return {f"trainer/{other}" for names in TRAINER[: floor + 1] for other in names} | set(BELOW_TRAINER)
+
+
+def test_imports_go_down_only() -> None:
+    """Catches a lower floor that imports a higher one, and a trainer that reaches behind the packages' fronts."""
+    wrong = [f"{path} imports from {there}" for path, here, there in imports() if there not in allowed_from(here)]
+    assert not wrong, "\n".join(sorted(wrong))
+
+
+def test_folders_of_one_floor_make_no_circle() -> None:
+    """Catches two folders of a floor that import each other, by way of others too."""
+    edges: dict[str, set[str]] = {}
+    for _, here, there in imports():
+        edges.setdefault(here, set()).add(there)
+    for start in edges:
+        seen, waiting = set(), set(edges[start])
+        while waiting:
+            seen.add(one := waiting.pop())
+            waiting |= edges.get(one, set()) - seen
+        assert start not in seen, f"{start} imports itself by way of others"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
 def test_every_collective_names_its_group(package: str) -> None:
     """Catches a collective on MLX's default group, which sub-groups may have replaced."""
     for path, tree in sources(package):

@@ -24,6 +24,7 @@ CASES = {  # what happens, to which rank, on what, and the words that every surv
     "failed": ("raise", 1, "ring", "rank 1 ({host}) died"),
     "late": ("late", 1, "ring", "waited {timeout} s for rank 1 ({host})"),
     "still in a phase": ("still", 1, "ring", "'tokenising' has not moved for"),
+    "still while it loads": ("still loading", 1, "ring", "'loading' has not moved for"),
     "cable cut": ("cable", 1, "ring", "rank 1 ({host}) gets no answer from rank 2 ({host}) at"),
     "rank 0 killed": ("kill", 0, "ring", "rank 0 ({host}) died"),
     "rank 0 stopped": ("stop", 0, "ring", "rank 0 ({host}) has not answered"),
@@ -38,6 +39,7 @@ SURVIVED = {
     "phase": ("1", {"COMM_TIMEOUT": "4"}),
     "garbage": ("9", {}),
     "reports": ("1", {"COMM_PHASE_TIMEOUT": "3", "COMM_TIMEOUT": "3"}),
+    "downloads": ("1", {"COMM_PHASE_TIMEOUT": "3", "COMM_TIMEOUT": "3"}),
     "goodbye": ("1", {}),
     "crowd": ("9", {"COMM_TIMEOUT": "3"}),
 }
@@ -74,7 +76,7 @@ def test_the_job_ends_and_names_the_rank(
     for rank, one in enumerate(outcomes[name]):
         assert "joined" in one.stdout, f"rank {rank}: {one.stderr}"
         assert "finished" not in one.stdout, f"rank {rank} went on"
-        if rank != victim or kind in ("late", "still", "cable"):
+        if rank != victim or kind in ("late", "still", "still loading", "cable"):
             assert one.returncode == 1, f"rank {rank}: exit {one.returncode}\n{one.stderr}"
             assert words in one.stderr, f"rank {rank} does not say {words!r}:\n{one.stderr}"
             assert "all_sum (100000,) float32" in one.stderr, f"last operation: {one.stderr}"
@@ -91,7 +93,7 @@ def test_a_rank_that_fails_on_mpi_ends_all() -> None:
 
 def test_a_declared_phase_may_last(outcomes: dict[str, list[RankResult]]) -> None:
     """Catches a job ended because one rank downloads or tokenises for long."""
-    for one in (*outcomes["phase"], *outcomes["reports"]):
+    for one in (*outcomes["phase"], *outcomes["reports"], *outcomes["downloads"]):
         assert one.returncode == 0 and "finished" in one.stdout, one.stderr
 
 
@@ -125,7 +127,7 @@ def test_the_control_port_keeps_a_known_rank_and_few_strangers(num_idle: int) ->
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = ControlPort(listener, "secret", selectors.DefaultSelector(), 2)
         idle = []
-        for number in range(num_idle):
+        for _ in range(num_idle):
             idle.append(socket.create_connection(listener.getsockname()))
             port.accept()
             port.peers[0].rank = 1

@@ -7,17 +7,17 @@ from html import unescape
 from pathlib import Path
 
 import numpy as np
-from data_support import write_rows
 from rich.console import Console
 
 from comm import solo
+from data_support import write_rows
 from trainer.__main__ import main
 from trainer.build import open_parts
-from trainer.data_verb import LEARNED, OTHER, document_text, show
-from trainer.preview import Preview, preview
-from trainer.recipe import recipe_from
-from trainer.rules import resolve_mesh
-from trainer.shapes import open_shapes
+from trainer.memory.shapes import open_shapes
+from trainer.recipe.load import recipe_from
+from trainer.recipe.rules import resolve_mesh
+from trainer.reports.preview import Preview, preview
+from trainer.verbs.data import LEARNED, OTHER, document_text, show
 
 CONFIG = {
     "model_type": "qwen3", "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 16,

@@ -6,11 +6,11 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from data_support import config, small_tokenizer, write_rows
 
-from trainer.config import DataSource
+from data_support import config, small_tokenizer, write_rows
 from trainer.data import load_split, load_splits
 from trainer.data.hub import HubRows
+from trainer.recipe.config import DataSource
 
 ROWS = [{"text": f"row number {number}"} for number in range(10)]
 

@@ -6,7 +6,7 @@ import pytest
 
 from trainer.data.encode import EncodedRow
 from trainer.data.rows import TokenizedRows, TokenStore
-from trainer.loading import num_embeddings
+from trainer.model.loading import num_embeddings
 
 
 def rows_of(*ids: list[int]) -> TokenizedRows:

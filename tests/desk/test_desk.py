@@ -11,6 +11,7 @@ import pytest
 
 from machines import Desk, why_not
 from ranks import slowness
+from trainer.metrics.rows import read_rows
 
 ROOT = Path(__file__).parents[2]
 JOB = str(ROOT / "tests" / "comm" / "workers" / "job.py")
@@ -77,6 +78,37 @@ def test_a_cable_that_is_pulled_out(make_desk: Callable[..., Desk], tmp_path: Pa
     assert job.returncode not in (0, None), output
     assert seconds < TIMEOUT_SECONDS + 10, f"{seconds:.1f} s\n{output}"
     assert "gets no answer from rank 2" in output, output
+
+
+@pytest.mark.usefixtures("exhaustive")
+@pytest.mark.parametrize("cables", [False, True])
+@pytest.mark.parametrize("mesh", ["dp_replicate=4", "dp_shard=2", "tp=2", "pp=4", "{pp: 2, tp: 2}"])
+def test_meshes_train_as_one_machine_does(make_desk: Callable[..., Desk], tmp_path: Path, cables: bool, mesh: str) -> None:
+    """Catches groups of ranks that meet at addresses which only some machines reach, or that mix up their members."""
+    setting = f"parallel={mesh}" if mesh.startswith("{") else f"parallel.{mesh}"
+    recipe = [
+        "trainer", str(ROOT / "recipes" / "quickstart.yaml"), "max_steps=2", "logging.every=1", "global_batch_size=8",
+        "batch_size_per_device=1", "optimizer.name=adamw", "eval.generate=0", "eval.exact_match=false",
+    ]  # fmt: skip
+    job = launch(make_desk(4, cables), tmp_path, "-m", *recipe, setting, f"output_dir={tmp_path}/desk")
+    output, _ = job.communicate(timeout=300)
+    assert job.returncode == 0, output
+    subprocess.run([sys.executable, "-m", *recipe, f"output_dir={tmp_path}/alone"], cwd=ROOT, check=True, timeout=300)
+    losses = [
+        [row[key] for row in read_rows(tmp_path / name / "metrics.jsonl") for key in ("train/loss", "eval/loss") if key in row]
+        for name in ("desk", "alone")
+    ]
+    assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_the_doctor_asks_the_interpreter_of_the_job(make_desk: Callable[..., Desk], tmp_path: Path) -> None:
+    """Catches a doctor that looks at another Python than the job's, or at the launcher's machine alone."""
+    desk = make_desk(2)
+    command = [sys.executable, "-m", "comm", "doctor", "--hostfile", hostfile(desk, tmp_path), "--ssh", desk.ssh]
+    output, _ = desk.start(*command, "--python", sys.executable, cwd=ROOT).communicate(timeout=120)
+    assert output.count(" answers") == 2 and "ports are free" in output and "fail" not in output, output
+    output, _ = desk.start(*command, "--python", "/no/python", cwd=ROOT).communicate(timeout=120)
+    assert output.count("does not answer") == 2 and "/no/python" in output, output
 
 
 def after(job: "subprocess.Popen[str]", count: int, fault: Callable[[], None]) -> tuple[float, str]:

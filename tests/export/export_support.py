@@ -5,6 +5,7 @@ from pathlib import Path
 
 import mlx.core as mx
 from mlx_lm import load
+
 from trainer.__main__ import main
 from training import train_with_recipe
 

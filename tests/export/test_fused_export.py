@@ -6,8 +6,9 @@ import signal
 
 import mlx.core as mx
 import pytest
-from export_support import DATA, export, model_logits, train_run, tuned_logits
 from mlx_lm.tuner.lora import LoRALinear
+
+from export_support import DATA, export, model_logits, train_run, tuned_logits
 
 
 @pytest.mark.parametrize(

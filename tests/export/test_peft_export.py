@@ -4,6 +4,7 @@ import json
 
 import mlx.core as mx
 import pytest
+
 from export_support import DATA, export, tensor_shapes, train_run
 
 

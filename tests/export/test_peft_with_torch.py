@@ -8,6 +8,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+
 from export_support import DATA, PROBE, export, train_run, tuned_logits
 
 torch = pytest.importorskip("torch")

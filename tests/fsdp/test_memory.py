@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
+
 from ranks import ROOT, run_ranks
 from tensor_models import BASE, make_model
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from trainer.__main__ import main
-from trainer.dashboard import SECTIONS, build_workspace
-from trainer.metrics import METRIC_KEYS, STEP_KEY
+from trainer.metrics.table import METRIC_KEYS, SECTIONS, STEP_KEY
+from trainer.verbs.dashboard import build_workspace, panels_of
 
 
 def test_every_metric_has_a_panel() -> None:
     """A key that is logged and shown nowhere, or a panel that stays empty because of a typing error."""
-    shown = {key for plots in SECTIONS.values() for _, keys, _ in plots for key in keys}
+    shown = {key for section in SECTIONS for keys, _ in panels_of(section).values() for key in keys}
     assert shown == METRIC_KEYS - {STEP_KEY}
 
 
@@ -32,7 +32,7 @@ def test_dry_run_writes_the_definition(tmp_path: Path, monkeypatch: pytest.Monke
     model = type(build_workspace("me", "runs")._to_model())
     read_back = workspaces.Workspace._from_model(model.model_validate(written))
     titles = {section.name: [panel.title for panel in section.panels] for section in read_back.sections}
-    assert titles == {name: [title for title, _, _ in plots] for name, plots in SECTIONS.items()}
+    assert titles == {name: list(panels_of(name)) for name in SECTIONS}
     configs = [panel["config"] for section in sections for panel in section["panels"]]
     assert {config["xAxis"] for config in configs} == {STEP_KEY}
     assert ["memory/peak_gib", "memory/active_gib", "memory/cache_gib"] in [config["metrics"] for config in configs]

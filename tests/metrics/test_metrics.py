@@ -9,9 +9,10 @@ import mlx.core as mx
 import pytest
 from rich.console import Console
 
-from trainer.metrics import METRIC_KEYS, JsonlSink, Metrics, Row, _Lines, read_rows
-from trainer.terminal import TerminalSink
-from trainer.throughput import Throughput, memory_row
+from trainer.metrics.rows import JsonlSink, Metrics, Row, _Lines, read_rows
+from trainer.metrics.table import METRIC_KEYS
+from trainer.metrics.terminal import TerminalSink
+from trainer.metrics.throughput import Throughput, memory_row
 
 
 def row(step: int, **values: float) -> Row:
@@ -133,7 +134,7 @@ class FullDisk:
 def disk(monkeypatch: pytest.MonkeyPatch) -> FullDisk:
     """Under what JsonlSink appends to."""
     disk = FullDisk()
-    monkeypatch.setattr("trainer.metrics.open", disk.open, raising=False)
+    monkeypatch.setattr("trainer.metrics.rows.open", disk.open, raising=False)
     return disk
 
 

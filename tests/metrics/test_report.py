@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from trainer.__main__ import main
-from trainer.charts import Series, line_chart, number, smooth, thin
-from trainer.report import report
+from trainer.reports.charts import Series, line_chart, number, smooth, thin
+from trainer.verbs.report import report
 
 VOID = {"meta", "br", "line", "circle", "path", "rect"}
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from trainer import wandb_worker
-from trainer.metrics import read_rows
-from trainer.wandb_sink import WandbSink, wandb_mode
+from trainer.metrics import wandb_worker
+from trainer.metrics.rows import read_rows
+from trainer.metrics.wandb_sink import WandbSink, wandb_mode
 from training import train_with_recipe
 
 CONFIG = {"method": "lora", "optimizer": {"lr": 1e-5}}
@@ -139,7 +139,7 @@ def run_worker(monkeypatch: pytest.MonkeyPatch, folder: Path, lines: list[dict],
     fake = types.SimpleNamespace(init=init, Settings=dict, teardown=lambda exit_code: None)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     begin = {"project": "p", "name": None, "mode": "online", "config": {}, "resumed": False, "step_key": "step"}
-    begin["output_dir"] = str(folder)
+    begin |= {"output_dir": str(folder), "summaries": {"eval/loss": "min,last"}}
     code = wandb_worker.main(json.dumps(line) for line in [{"begin": begin}, *lines])
     return code, calls
 

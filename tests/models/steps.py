@@ -4,13 +4,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from tiny import make
 
-from trainer.lora import DropoutKeys, LoRASpec, attach, find_targets
-from trainer.loss import TokenLoss
-from trainer.models.checkpointing import checkpoint_layers
-from trainer.models.lora_matmul import use_fast_lora
-from trainer.models.prepare import prepare_for_training
+from tiny import make
+from trainer.layers.checkpointing import checkpoint_layers
+from trainer.layers.lora_matmul import use_fast_lora
+from trainer.layers.prepare import prepare_for_training
+from trainer.model.lora import DropoutKeys, LoRASpec, attach, find_targets
+from trainer.training.loss import TokenLoss
 
 TOLERANCE = 1e-5  # float32, relative to each tensor's largest entry
 # A name, and what is special: every kind of layer, method and input that the step has.

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from trainer.models.attention import blockwise_attention
+from trainer.layers.attention import blockwise_attention
 
 
 def reference(queries, keys, values, *, scale, window=None, segments=None):

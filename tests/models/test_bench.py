@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from ranks import slowness
 
+from ranks import slowness
 from trainer.__main__ import main
-from trainer.bench_figures import Measurement, table
+from trainer.bench.figures import Measurement, table
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = """

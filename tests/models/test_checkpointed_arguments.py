@@ -8,7 +8,7 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
-from trainer.models.checkpointing import checkpoint_layers
+from trainer.layers.checkpointing import checkpoint_layers
 
 SHAPE = dict(
     hidden_size=32, num_hidden_layers=4, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, head_dim=8,

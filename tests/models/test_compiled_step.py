@@ -6,12 +6,13 @@ what the step's exactness depends on. With `--exhaustive` everything runs.
 
 import mlx.core as mx
 import pytest
-from compile_mode import WITH_FUSION, WITHOUT_FUSION, compiling
 from mlx.utils import tree_flatten
-from steps import CASES, FULL, Counted, assert_equal, batch_of, build
 
 import comm
+from compile_mode import WITH_FUSION, WITHOUT_FUSION, compiling
 from parallel import FullyShardedDataParallel, TensorParallel, value_and_grad
+from steps import CASES, FULL, Counted, assert_equal, batch_of, build
+
 
 @pytest.fixture(
     params=[

@@ -2,12 +2,12 @@
 
 from types import SimpleNamespace
 
-import comm
 import mlx.nn as nn
-from tiny import make
 from mlx.utils import tree_flatten
 
-from trainer.run import _num_elements
+import comm
+from tiny import make
+from trainer.running.words import num_elements
 
 
 def test_a_quantized_model_counts_its_weights() -> None:
@@ -16,4 +16,4 @@ def test_a_quantized_model_counts_its_weights() -> None:
     expected = sum(array.size for _, array in tree_flatten(model.parameters()))
     nn.quantize(model, group_size=32, bits=4)
     parts = SimpleNamespace(model=model, mesh=SimpleNamespace(pp=comm.solo()))
-    assert _num_elements(parts, model.parameters()) == expected
+    assert num_elements(parts, model.parameters()) == expected

@@ -5,11 +5,11 @@ from math import prod
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
-from tiny import make
 
-from trainer.flops import peak_tflops, token_flops
-from trainer.lora import DropoutKeys, LoRASpec, attach, find_targets
-from trainer.traced_graph import trace
+from tiny import make
+from trainer.memory.traced_graph import trace
+from trainer.model.flops import peak_tflops, token_flops
+from trainer.model.lora import DropoutKeys, LoRASpec, attach, find_targets
 
 MLP = 3 * 32 * 48
 ATTENTION = 32 * 32 + 2 * 32 * 16 + 32 * 32

@@ -8,13 +8,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
-from tiny import CONFIGS, make
 
-from trainer.lora import DropoutKeys, LoRASpec, attach, find_targets
-from trainer.loss import TokenLoss
-from trainer.models.lora_matmul import use_fast_lora
-from trainer.models.prepare import prepare_for_training
-from trainer.traced_graph import trace
+from tiny import CONFIGS, make
+from trainer.layers.lora_matmul import use_fast_lora
+from trainer.layers.prepare import prepare_for_training
+from trainer.memory.traced_graph import trace
+from trainer.model.lora import DropoutKeys, LoRASpec, attach, find_targets
+from trainer.training.loss import TokenLoss
 
 ARCHITECTURES = ("llama", "qwen3_5")
 PRODUCTS = ("Matmul", "AddMM")

@@ -3,11 +3,10 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_lm.models.gated_delta import gated_delta_ops
-from mlx_lm.models.gated_delta import gated_delta_update as mlx_lm_update
+from mlx_lm.models.gated_delta import gated_delta_ops, gated_delta_update as mlx_lm_update
 
-from trainer.models.decay import unit_lower_inverse
-from trainer.models.gated_delta import gated_delta_rule, gated_delta_update
+from trainer.layers.decay import unit_lower_inverse
+from trainer.layers.gated_delta import gated_delta_rule, gated_delta_update
 
 NAMES = ("q", "k", "v", "log_gate", "beta", "state")
 

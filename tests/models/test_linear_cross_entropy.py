@@ -6,9 +6,9 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
 
-from parallel.heads import Head
-from trainer.models import linear_cross_entropy as module_under_test
-from trainer.models.linear_cross_entropy import linear_cross_entropy
+from parallel.lm_head import Head
+from trainer.layers import linear_cross_entropy as module_under_test
+from trainer.layers.linear_cross_entropy import linear_cross_entropy
 
 B, L, D, V = 2, 350, 64, 96
 

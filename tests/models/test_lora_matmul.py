@@ -5,13 +5,13 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.lora import LoRALinear
+
 from test_prepare import assert_same, loss_and_grads
 from tiny import make
-
-from trainer.lora import DropoutKeys, LoRASpec, attach, find_targets
-from trainer.models.checkpointing import checkpoint_layers
-from trainer.models.lora_matmul import use_fast_lora
-from trainer.models.prepare import prepare_for_training
+from trainer.layers.checkpointing import checkpoint_layers
+from trainer.layers.lora_matmul import use_fast_lora
+from trainer.layers.prepare import prepare_for_training
+from trainer.model.lora import DropoutKeys, LoRASpec, attach, find_targets
 
 BASES = {
     "linear": lambda: nn.Linear(64, 48, bias=False),

@@ -5,11 +5,11 @@ packing.
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+
 from test_prepare import assert_same, loss_and_grads
 from tiny import CONFIGS, make
-
-from trainer.models.prepare import prepare_for_training
-from trainer.models.segments import PACKING_PROVEN, packing_supported, segment_caches
+from trainer.layers.prepare import prepare_for_training
+from trainer.layers.segments import PACKING_PROVEN, packing_supported, segment_caches
 
 ARCHITECTURES = [name for name in CONFIGS if name in PACKING_PROVEN]
 

@@ -7,13 +7,13 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models import gated_delta, gemma3_text
-from tiny import CONFIGS, make
 
-from trainer.models import prepare
-from trainer.models.causal_conv import causal_conv
-from trainer.models.elementwise import exp, precise_swiglu, silu, swiglu
-from trainer.models.prepare import prepare_for_training
-from trainer.models.segments import StateSegments
+from tiny import CONFIGS, make
+from trainer.layers import prepare
+from trainer.layers.causal_conv import causal_conv
+from trainer.layers.elementwise import exp, precise_swiglu, silu, swiglu
+from trainer.layers.prepare import prepare_for_training
+from trainer.layers.segments import StateSegments
 
 
 def loss_and_grads(model, tokens, cache=None, mask=None):

@@ -1,5 +1,6 @@
 """Rows on threads give the step's loss and gradients, the same bits each time, and leave nothing behind."""
 
+import gc
 import subprocess
 import sys
 import threading
@@ -10,12 +11,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from ranks import run_ranks
-from steps import CASES, FULL, Counted, assert_equal, batch_of, build
 
 import comm
 from parallel import DataParallel, RowThreads, TensorParallel, value_and_grad
-from trainer.machine import row_threads, usable_cores
+from ranks import run_ranks
+from steps import CASES, FULL, Counted, assert_equal, batch_of, build
+from trainer.machine.facts import row_threads, usable_cores
 
 ROWS, LENGTH = 5, 48
 
@@ -111,8 +112,8 @@ def test_not_with_compile():
 @pytest.mark.parametrize("hosts, expected", [(["here"] * 8, None), (["here", "there"] * 2, 4)])
 def test_cores_are_shared_by_the_ranks_of_a_host(monkeypatch, hosts, expected):
     """Catches as many threads as cores in every rank, and cores shared with the ranks of other hosts."""
-    monkeypatch.setattr("trainer.machine.usable_cores", lambda: 8)
-    monkeypatch.setattr("trainer.machine._shared_threads", lambda num_threads: num_threads)
+    monkeypatch.setattr("trainer.machine.facts.usable_cores", lambda: 8)
+    monkeypatch.setattr("trainer.machine.facts._shared_threads", lambda num_threads: num_threads)
     monkeypatch.setattr("socket.gethostname", lambda: "here")
     monkeypatch.setattr("comm.all_gather_object", lambda obj, group: hosts)
     assert row_threads(comm.solo()) == expected
@@ -130,7 +131,7 @@ def test_a_containers_share_of_the_cores(monkeypatch, tmp_path, quota, expected)
 def test_blas_threads_come_back():
     """Catches a process that keeps one BLAS thread after its first step."""
     code = (
-        "import ctypes, os; from trainer.blas import NAMES, load_fast_blas, one_blas_thread; load_fast_blas()\n"
+        "import ctypes, os; from trainer.machine.blas import NAMES, load_fast_blas, one_blas_thread; load_fast_blas()\n"
         "blas = ctypes.CDLL(NAMES[0], mode=os.RTLD_NOLOAD)\n"
         "before = blas.openblas_get_num_threads()\n"
         "with one_blas_thread(): inside = blas.openblas_get_num_threads()\n"
@@ -178,7 +179,7 @@ def test_arrays_without_rows_are_refused(wrong):
 def test_numpy_and_nested_arrays_are_cut():
     """Catches slices that all get the rows of the whole batch."""
     model, loss = build("qwen3", "lora")
-    nested = lambda model, batch: loss(model, batch["inner"])  # noqa: E731
+    nested = lambda model, batch: loss(model, batch["inner"])
     batch = batch_of(0, LENGTH, ROWS)
     outer = {"tokens": np.array(batch["tokens"]), "inner": batch}
     assert_equal(
@@ -246,6 +247,21 @@ def test_an_interrupt_leaves_the_model_whole():
 def test_ranks_may_differ_in_threads():
     """Catches collectives that wait for the first use of a weight, and gradients of one rank in another dtype."""
     run_ranks(Path(__file__).parent / "workers" / "uneven_threads.py", 2)
+
+
+def test_threads_end_with_their_object() -> None:
+    """Catches threads, and with them MLX streams, that pile up in a notebook that builds one model after the other."""
+    gc.collect()  # what other tests have left
+    before = threading.active_count()
+    for closes in (True, False):
+        threads = RowThreads(3, 1)
+        model, loss = build("qwen3", "lora")
+        value_and_grad(model, loss, row_threads=threads)([batch_of(0, LENGTH, ROWS)])
+        assert threading.active_count() == before + 3
+        if closes:
+            threads.close()
+        del threads
+        assert threading.active_count() == before
 
 
 def test_the_process_ends_after_its_threads() -> None:

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from ranks import ROOT, run_ranks, slowness
 
 HERE = Path(__file__).parent
 # The tiny models and the loss are those of the tensor-parallel tests.
 sys.path.insert(0, str(ROOT / "tests" / "tensor_parallel"))
 
-from mesh_cases import to_json  # noqa: E402
-from mesh_launch import CHECKS, LAUNCHES, PATHS, TIMEOUT_SECONDS, Launch  # noqa: E402
+from mesh_cases import to_json
+from mesh_launch import CHECKS, LAUNCHES, PATHS, TIMEOUT_SECONDS, Launch
 
 
 @pytest.fixture(scope="session")

@@ -7,15 +7,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mesh_cases import micro_batches, rows_of
 from mlx.utils import tree_flatten
 from mlx_lm.generate import stream_generate
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from fake import fake_group
-from tensor_cases import loss_fn, relative_error
-from tensor_models import make_model
 
 import comm
+from fake import fake_group
+from mesh_cases import micro_batches, rows_of
 from parallel import (
     FullyShardedDataParallel,
     PipelineParallel,
@@ -27,10 +25,12 @@ from parallel import (
     slice_tensors,
     value_and_grad,
 )
-from parallel.pipeline_step import PipelineStep
+from parallel.pipeline.step import PipelineStep
+from tensor_cases import loss_fn, relative_error
+from tensor_models import make_model
 from trainer.data import build_tokenizer
-from trainer.models.checkpointing import checkpoint_layers
-from trainer.models.prepare import prepare_for_training
+from trainer.layers.checkpointing import checkpoint_layers
+from trainer.layers.prepare import prepare_for_training
 
 FORWARD_SECONDS, BACKWARD_SECONDS = 0.04, 0.08
 

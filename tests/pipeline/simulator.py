@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from parallel.schedule import Action, plan_actions
+from parallel.pipeline.schedule import Action, plan_actions
 
 PARTNERS = {"send_activation": (1, "recv_activation"), "send_gradient": (-1, "recv_gradient")}
 

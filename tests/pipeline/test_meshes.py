@@ -6,6 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+
 from mesh_cases import Case
 from mesh_launch import LAUNCHES
 

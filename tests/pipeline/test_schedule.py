@@ -1,9 +1,9 @@
 """Schedules without processes: order, messages, deadlocks, memory, idle time."""
 
 import pytest
-from simulator import run_actions, simulate
 
-from parallel.schedule import Action, plan_actions
+from parallel.pipeline.schedule import Action, plan_actions
+from simulator import run_actions, simulate
 
 SHAPES = [(stages, micro) for stages in (1, 2, 3, 4, 8) for micro in (1, 2, 3, 4, 7, 8, 16)]
 

@@ -10,13 +10,13 @@ from mlx.utils import tree_flatten, tree_map
 import comm
 from parallel import value_and_grad
 from trainer.build import wrap
-from trainer.config import Recipe
-from trainer.footprint import Footprints
-from trainer.loop import clipped_gradients
-from trainer.models.checkpointing import checkpoint_layers
-from trainer.optim import Optimizer
-from trainer.rules import resolve_mesh
-from trainer.shapes import planned_model
+from trainer.layers.checkpointing import checkpoint_layers
+from trainer.memory.footprint import Footprints
+from trainer.memory.shapes import planned_model
+from trainer.recipe.config import Recipe
+from trainer.recipe.rules import resolve_mesh
+from trainer.training.loop import clipped_gradients
+from trainer.training.optim import Optimizer
 
 
 @dataclass

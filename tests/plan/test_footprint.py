@@ -2,12 +2,12 @@
 
 import mlx.core as mx
 import pytest
-from plan_measure import measure
-from test_placement import CONFIGS, QWEN3, make
 
 import comm
-from trainer.footprint import Footprints
-from trainer.rules import MeshSizes
+from plan_measure import measure
+from test_placement import CONFIGS, QWEN3, make
+from trainer.memory.footprint import Footprints
+from trainer.recipe.rules import MeshSizes
 
 # 52 M parameters: 206 MiB in float32.
 LARGE = QWEN3 | {

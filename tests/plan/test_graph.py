@@ -4,8 +4,8 @@ from collections import Counter
 
 import mlx.core as mx
 
-from trainer.liveness import lifetimes
-from trainer.traced_graph import trace
+from trainer.memory.liveness import lifetimes
+from trainer.memory.traced_graph import trace
 
 
 def square_of_sine(x: mx.array) -> mx.array:

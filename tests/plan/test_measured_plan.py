@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from ranks import ROOT, run_ranks
 from test_footprint import LARGE
 

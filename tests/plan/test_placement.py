@@ -7,12 +7,12 @@ import pytest
 from mlx.utils import tree_flatten
 
 from parallel import TensorParallel
-from parallel.stages import even_split
-from trainer.placement import Placement
-from trainer.plan import meshes
-from trainer.recipe import recipe_from
-from trainer.rules import MeshSizes
-from trainer.shapes import planned_model
+from parallel.pipeline.split import even_split
+from trainer.memory.placement import Placement
+from trainer.memory.shapes import planned_model
+from trainer.recipe.load import recipe_from
+from trainer.recipe.rules import MeshSizes
+from trainer.verbs.plan import meshes
 
 QWEN3 = {
     "model_type": "qwen3",

@@ -4,11 +4,11 @@ import json
 
 import mlx.core as mx
 import pytest
-from test_placement import CONFIGS, QWEN3, make
 
+from test_placement import CONFIGS, QWEN3, make
 from trainer.__main__ import main
-from trainer.plan import GIB, Machine, Planner
-from trainer.rules import MeshSizes
+from trainer.recipe.rules import MeshSizes
+from trainer.verbs.plan import GIB, Machine, Planner
 
 # A model of a trillion parameters in the shape of Kimi-K2.6's config, whose experts are stored in 4 bits.
 KIMI = {

@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import pytest
 
 from trainer.__main__ import main
-from trainer.device_errors import next_setting
-from trainer.recipe import load_recipe
-from trainer.shipped import recipes_folder
-from trainer.verbs import VERBS
+from trainer.machine.errors import next_setting
+from trainer.recipe.load import load_recipe
+from trainer.verbs.shipped import recipes_folder
+from trainer.verbs.table import VERBS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -144,7 +144,7 @@ def test_errors_of_the_device_name_the_next_setting(recipe, capsys, monkeypatch,
     def fail(arguments):
         raise RuntimeError(text)
 
-    monkeypatch.setattr("trainer.validate.main", fail)
+    monkeypatch.setattr("trainer.verbs.validate.main", fail)
     assert main(["validate", recipe, "batch_size_per_device=4"]) == code
     err = capsys.readouterr().err
     assert shown in err and ("Traceback" in err) == (shown == "Traceback")
@@ -189,7 +189,7 @@ def test_exit_codes(recipe, capsys, monkeypatch, error, code, shown):
     def fail(arguments):
         raise error
 
-    monkeypatch.setattr("trainer.validate.main", fail)
+    monkeypatch.setattr("trainer.verbs.validate.main", fail)
     assert main(["validate", recipe]) == code
     assert shown in capsys.readouterr().err
 

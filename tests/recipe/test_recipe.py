@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from trainer.config import Recipe
-from trainer.fill import walk
-from trainer.recipe import RecipeError, load_recipe, recipe_from, to_yaml
+from trainer.recipe.config import Recipe
+from trainer.recipe.fill import walk
+from trainer.recipe.load import RecipeError, load_recipe, recipe_from, to_yaml
 
 GOOD = {"model": {"path": "owner/name"}, "data": {"train": "rows.jsonl"}}
 
@@ -223,3 +223,16 @@ def test_missing_recipe_names_a_close_one(write):
         load_recipe(path.with_name("my-recipes.yaml"))
     with pytest.raises(FileNotFoundError, match="is a folder"):
         load_recipe(path.parent)
+
+
+def test_paths_are_found_beside_the_recipe(tmp_path, monkeypatch):
+    """Catches a recipe that works in its own folder only, and a file there that goes before the working folder's."""
+    for folder in ("there/rows", "here"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "there" / "rows" / "a.jsonl").touch()
+    (tmp_path / "there" / "recipe.yaml").write_text("model: {path: owner/name}\ndata: {train: rows/a.jsonl}\n")
+    monkeypatch.chdir(tmp_path / "here")
+    found = load_recipe("../there/recipe.yaml")
+    assert found.data.train == "../there/rows/a.jsonl" and found.model.path == "owner/name"
+    (tmp_path / "here" / "rows").symlink_to(tmp_path / "there" / "rows")
+    assert load_recipe("../there/recipe.yaml").data.train == "rows/a.jsonl"

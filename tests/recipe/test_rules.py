@@ -2,9 +2,9 @@
 
 import pytest
 
-from trainer.config import EvalConfig, ParallelConfig, Recipe
-from trainer.recipe import RecipeError, recipe_from
-from trainer.rules import MeshSizes, resolve_batch, resolve_mesh, validation_warnings, warnings
+from trainer.recipe.config import EvalConfig, ParallelConfig, Recipe
+from trainer.recipe.load import RecipeError, recipe_from
+from trainer.recipe.rules import MeshSizes, resolve_batch, resolve_mesh, validation_warnings, warnings
 
 GOOD = {"model": {"path": "owner/name"}, "data": {"train": "rows.jsonl"}}
 

@@ -5,17 +5,17 @@ from typing import Any
 
 import pytest
 
-from trainer.recipe import load_recipe
-from trainer.schema import recipe_schema
-from trainer.shipped import SCHEMA_NAME, recipes_folder
-from trainer.validate import meaning
+from trainer.recipe.load import load_recipe
+from trainer.verbs.schema import recipe_schema
+from trainer.verbs.shipped import SCHEMA_NAME, recipes_folder
+from trainer.verbs.validate import meaning
 
 RECIPES = sorted(recipes_folder().glob("*.yaml"))
 TYPES = {"object": dict, "array": list, "string": str, "boolean": bool, "null": type(None)}
 
 
 def accepts(schema: dict[str, Any], value: Any) -> bool:
-    """Whether a value keeps to the part of JSON Schema that `trainer.schema` uses."""
+    """Whether a value keeps to the part of JSON Schema that `trainer.verbs.schema` uses."""
     if "anyOf" in schema:
         return any(accepts(option, value) for option in schema["anyOf"])
     if "enum" in schema:

@@ -14,9 +14,9 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm import load
 from mlx_lm.tuner.callbacks import TrainingCallback
-from mlx_lm.tuner.trainer import TrainingArgs
-from mlx_lm.tuner.trainer import train as mlx_lm_train
+from mlx_lm.tuner.trainer import TrainingArgs, train as mlx_lm_train
 from mlx_lm.tuner.utils import linear_to_lora_layers
+
 from training import train_with_recipe
 
 DATA = Path(__file__).parent / "data"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+
 from training import train_with_recipe
 
 DATA = Path(__file__).parent / "data"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from ranks import run_ranks, slowness
 from tensor_cases import LORA_CASES, MAIN_CASES, NUM_STEPS, PATHS, SHORT_CASES, TIMEOUT_SECONDS
 from tensor_models import save_large_model

@@ -9,10 +9,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten
-from ranks import ROOT
-from tensor_models import METHODS, make_model, prepare
 
 from parallel import clip_grad_norm, cross_entropy, hidden_and_head, value_and_grad
+from ranks import ROOT
+from tensor_models import METHODS, make_model, prepare
 
 # Where the workers find what they import.
 PATHS = os.pathsep.join(map(str, (ROOT, ROOT / "tests", Path(__file__).parent)))

@@ -5,20 +5,20 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from tensor_cases import batch, first_gradients, relative_error, worst
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.generate import stream_generate
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.lora import LoRALinear
 from mlx_lm.tuner.trainer import grad_checkpoint
 from mlx_lm.tuner.utils import linear_to_lora_layers
-from tensor_models import add_adapters, make_model, prepare, randomize_adapters
 
 import comm
 from parallel import DataParallel, TensorParallel, gather_tensors, model_layout, shard_linear
-from parallel.plans import PLANS, BlockPlan, ModelPlan, rows
+from parallel.architectures import PLANS, BlockPlan, ModelPlan, rows
+from tensor_cases import batch, first_gradients, relative_error, worst
+from tensor_models import add_adapters, make_model, prepare, randomize_adapters
 from trainer.data import build_tokenizer
-from trainer.lora import DropoutKeys, LoRASpec, attach, find_targets
+from trainer.model.lora import DropoutKeys, LoRASpec, attach, find_targets
 
 
 class Recorder:

@@ -2,25 +2,34 @@
 
 import errno
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
-from tiny_recipes import run_apart, tiny_recipe, write_rows
 
 import comm
-from trainer import limits, run
-from trainer.baseline import read_baseline, write_baseline
-from trainer.checkpoint import open_checkpoint
-from trainer.config import LimitsConfig
-from trainer.export import open_run
-from trainer.metrics import read_rows
-from trainer.progress import Progress, StopRules
-from trainer.result import recipe_of
-from trainer.run import Stop, train
+from tiny_recipes import run_apart, tiny_recipe, write_rows
+from trainer.bench.baseline import read_baseline, write_baseline
+from trainer.checkpoint.folder import open_checkpoint
+from trainer.machine import limits
+from trainer.metrics.rows import read_rows
+from trainer.recipe.config import LimitsConfig
+from trainer.recipe.load import to_yaml
+from trainer.results.opened import recipe_of
+from trainer.running import run
+from trainer.training.progress import Progress, StopRules
+from trainer.training.requests import Stop
+from trainer.verbs.export import open_run
+from training import train
 
+ROOT = Path(__file__).parents[2]
 # Validation loss after each step: best at step 3, and no better in the three validations after it.
 LOSSES = {0: 9.0, 1: 5.0, 2: 4.0, 3: 2.0, 4: 3.0, 5: float("nan"), 6: 2.0, 7: 1.0, 8: 0.5}
 
@@ -52,7 +61,7 @@ def rows(tmp_path_factory):
 def scripted(monkeypatch):
     """Validations that measure what `LOSSES` says."""
 
-    def evaluation(parts, metrics):
+    def evaluation(parts, metrics, callbacks):
         def evaluate(step):
             metrics.log({"train/global_step": step, "eval/loss": LOSSES[step]})
             return {"eval/loss": LOSSES[step]}
@@ -276,7 +285,7 @@ def fill_disk(*arguments):
 def test_full_disk_under_the_result(rows, tmp_path, monkeypatch):
     """Catches a run that is lost, or called finished, because its result did not fit."""
     settings = tiny_recipe(rows, tmp_path, max_steps=2)
-    monkeypatch.setattr("trainer.output.write_tensor_file", fill_disk)
+    monkeypatch.setattr("trainer.results.mlx_lm_format.write_tensor_file", fill_disk)
     with pytest.raises(OSError, match="The result could not be written.*No space left on device.*step 2 is there"):
         train(settings, comm.solo(), Stop(), [])
     monkeypatch.undo()
@@ -292,3 +301,43 @@ def test_result_that_one_rank_cannot_write(rows, tmp_path, exhaustive):
     for result in run_apart(tiny_recipe(rows, tmp_path, max_steps=1, **mesh), 2, check=False):
         assert result.returncode == 1
         assert "The result could not be written" in result.stderr
+
+
+def write_recipe(rows, output_dir, **changes):
+    """The file of a tiny recipe."""
+    path = output_dir.with_suffix(".yaml")
+    path.write_text(to_yaml(tiny_recipe(rows, output_dir, **changes)))
+    return path
+
+
+@pytest.mark.parametrize("place", ["no reader", "full disk"])
+def test_output_that_cannot_be_written(rows, tmp_path, place):
+    """Catches a run behind `| head` that ends without its checkpoint and without a word, and one that a full disk of
+    its log ends.
+    """
+    if place == "full disk" and not Path("/dev/full").exists():
+        pytest.skip("there is no /dev/full")
+    command = [sys.executable, "-m", "trainer", str(write_recipe(rows, tmp_path / "run"))]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "wb") as closed, open("/dev/full", "wb") if place == "full disk" else nullcontext(closed) as out:
+        done = subprocess.run(command, cwd=ROOT, stdout=out, stderr=subprocess.PIPE, text=True, timeout=120)
+    code, saved = (141, "step-0000001") if place == "no reader" else (0, "step-0000006")
+    assert done.returncode == code, done.stderr
+    assert done.stderr.count("Nothing can be written to the output any more") == 1 and "Traceback" not in done.stderr
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [saved]
+
+
+@pytest.mark.parametrize("again", [signal.SIGHUP, signal.SIGTERM])
+def test_the_terminal_goes_away(rows, tmp_path, again):
+    """Catches a run that a second signal ends before its checkpoint, where the first was only a closed terminal."""
+    path = write_recipe(rows, tmp_path / "run", max_steps=100_000)
+    command = [sys.executable, "-m", "trainer", str(path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run_:
+        assert any(line.startswith("step 3/") for line in run_.stdout)
+        run_.send_signal(signal.SIGHUP)
+        run_.send_signal(again)
+        _, errors = run_.communicate(timeout=60)
+    assert run_.returncode in (128 + signal.SIGHUP, 128 + again), errors
+    (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert open_checkpoint(saved).step >= 3

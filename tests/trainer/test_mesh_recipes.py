@@ -2,11 +2,12 @@
 
 import mlx.core as mx
 import pytest
-from tiny_recipes import run_apart, tiny_recipe, write_rows
 
 import comm
-from trainer.metrics import read_rows
-from trainer.run import Stop, train
+from tiny_recipes import run_apart, tiny_recipe, write_rows
+from trainer.metrics.rows import read_rows
+from trainer.training.requests import Stop
+from training import train
 
 STEPS, SAVED_EVERY, KILLED_AT = 6, 3, 4
 MESHES = {"tp": {"tp": 2}, "pp": {"pp": 2}, "dp_shard": {"dp_shard": 2}}

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import run_ranks
-from tiny_recipes import WORDS, tiny_recipe
 
 import comm
+from ranks import run_ranks
+from tiny_recipes import WORDS, tiny_recipe
 from trainer.__main__ import main
-from trainer.run import Stop, train
+from trainer.training.requests import Stop
+from training import train
 
 MESHES = {
     "dp_shard2": ["parallel.dp_replicate=1", "parallel.dp_shard=2"],

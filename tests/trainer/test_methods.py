@@ -8,14 +8,15 @@ import mlx_lm
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_adapters, load_model
-from tiny_recipes import MODELS, model_section, tiny_recipe, write_rows
 
 import comm
+from tiny_recipes import MODELS, model_section, tiny_recipe, write_rows
 from trainer.__main__ import main
 from trainer.build import build
-from trainer.metrics import read_rows
-from trainer.result import load_result
-from trainer.run import Stop, train
+from trainer.metrics.rows import read_rows
+from trainer.results.opened import load_result
+from trainer.training.requests import Stop
+from training import train
 
 TOKENS = mx.array([[5, 9, 2, 7, 31, 8, 4, 11]])
 ARCHITECTURES = ("llama", "qwen3", "qwen3_moe", "qwen3_5", "gemma3")

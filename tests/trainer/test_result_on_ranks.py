@@ -6,13 +6,14 @@ import subprocess
 import sys
 
 import pytest
-from ranks import ROOT, slowness
-from tiny_recipes import tiny_recipe, write_rows
 
 import comm
+from ranks import ROOT, slowness
+from tiny_recipes import tiny_recipe, write_rows
 from trainer.__main__ import main
-from trainer.generate import END, _typed_lines
-from trainer.run import Stop, train
+from trainer.training.requests import Stop
+from trainer.verbs.generate import END, _typed_lines
+from training import train
 
 TYPED = "alpha beta\n\ngamma delta \xe9\n"
 LAUNCH = [sys.executable, "-m", "comm", "launch", "-n", "2", "--", sys.executable, "-m", "trainer"]

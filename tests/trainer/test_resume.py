@@ -5,12 +5,13 @@ import shutil
 from dataclasses import asdict
 
 import pytest
-from tiny_recipes import run_apart, tiny_recipe, write_rows
 
 import comm
-from trainer.metrics import read_rows
-from trainer.run import Stop, train
-from trainer.storage import file_record
+from tiny_recipes import run_apart, tiny_recipe, write_rows
+from trainer.files.storage import file_record
+from trainer.metrics.rows import read_rows
+from trainer.training.requests import Stop
+from training import train
 
 STEPS, SAVED_EVERY, KILLED_AT = 8, 3, 5
 CASES = {
@@ -95,6 +96,9 @@ def test_finished_run_says_so(rows, tmp_path, capsys):
     before = result(tmp_path)
     assert run_here(settings) == 0
     assert "is finished (2 steps)" in capsys.readouterr().out
+    assert run_here(recipe(rows, tmp_path, "lora", max_steps=2, optimizer={"lr": 0.5})) == 0
+    told = capsys.readouterr().out
+    assert "is finished (2 steps; optimizer.lr: 0.01 then, 0.5 now)" in told and "checkpoint.resume=none" in told
     assert result(tmp_path) == before
     (tmp_path / "adapters.safetensors").unlink()
     assert run_here(settings) == 0
@@ -109,7 +113,7 @@ def test_result_of_an_earlier_run_is_not_this_one_s(rows, tmp_path, monkeypatch)
     old = (folder / "result.json").read_bytes()
     anew = recipe(rows, folder, "lora", seed=1, checkpoint={"every": SAVED_EVERY, "resume": "none"})
     with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
-        killed.setattr("trainer.run.finish", kill)
+        killed.setattr("trainer.running.run.finish", kill)
         run_here(anew)
     assert not (folder / "result.json").exists()
     (folder / "result.json").write_bytes(old)  # as of a run that could not take it back

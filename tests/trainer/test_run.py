@@ -8,15 +8,18 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
-from ranks import slowness
-from tiny_recipes import MODELS, run_apart, tiny_recipe, write_rows
 
 import comm
-from trainer.metrics import read_rows
-from trainer.recipe import to_yaml
-from trainer.run import Stop, train
+from ranks import slowness
+from tiny_recipes import MODELS, run_apart, tiny_recipe, write_rows
+from trainer.__main__ import main
+from trainer.metrics.rows import read_rows
+from trainer.recipe.load import to_yaml
+from trainer.training.requests import Stop
+from training import train
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +154,7 @@ def test_what_does_not_reach_experts_is_said(rows, tmp_path, changes, said):
 def test_folder_of_a_living_run_is_refused(rows, tmp_path):
     """Catches two runs that write one folder, a lock that outlives a killed run, and a rank that is not told."""
     recipe = tiny_recipe(rows, tmp_path / "run", max_steps=2)
-    ready = "import comm, pathlib, sys, time; from trainer.lock import sole_run\n"
+    ready = "import comm, pathlib, sys, time; from trainer.checkpoint.lock import sole_run\n"
     hold = ready + "with sole_run(comm.solo(), pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     holder = subprocess.Popen([sys.executable, "-c", hold, recipe.output_dir], stdout=subprocess.PIPE, text=True)
     try:
@@ -170,3 +173,18 @@ def test_folder_of_a_living_run_is_refused(rows, tmp_path):
     assert (tmp_path / "run" / ".lock").exists()
     assert train(recipe, comm.solo(), Stop(), []) == 0
     assert not (tmp_path / "run" / ".lock").exists()
+
+
+def test_a_run_folder_may_be_moved(rows, tmp_path, monkeypatch, capsys):
+    """Catches a result that only the folder it was made in can evaluate."""
+    for folder in ("work", "elsewhere"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    shutil.copy(rows, "rows.jsonl")
+    settings = tiny_recipe(Path("rows.jsonl"), Path("run"), max_steps=1, data={"valid": "rows.jsonl"})
+    assert train(settings, comm.solo(), Stop(), []) == 0
+    shutil.move("run", tmp_path / "elsewhere" / "run")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    capsys.readouterr()
+    assert main(["eval", "run"]) == 0
+    assert "eval/loss" in capsys.readouterr().out

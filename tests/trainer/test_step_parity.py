@@ -6,11 +6,11 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+
+import comm
 from ranks import run_ranks
 from tiny_recipes import tiny_recipe, write_rows
 from workers.step import measure
-
-import comm
 
 WORKER = Path(__file__).parent / "workers" / "step.py"
 CASES = {

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ranks import RankResult, run_ranks
-from trainer.config import Recipe
-from trainer.recipe import recipe_from
+from trainer.recipe.config import Recipe
+from trainer.recipe.load import recipe_from
 
 MODELS = Path(__file__).parent.parent / "reference" / "data"
 WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma tau".split()

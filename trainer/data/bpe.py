@@ -30,7 +30,15 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokeniz
     Raises:
         ValueError: when `vocab_size` has no room for the 256 bytes and the special tokens.
     """
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import (
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        trainers,
+    )
     from transformers import PreTrainedTokenizerFast
     from transformers.models.qwen3_5.tokenization_qwen3_5 import PRETOKENIZE_REGEX
 

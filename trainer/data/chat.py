@@ -8,9 +8,17 @@ A turn runs from the end of the generation prompt to its end-of-turn token. Wher
 """
 
 import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 PROBES = [chr(code) for code in range(0xE000, 0xF900)]  # private use: in no chat, and not white space to a template
+
+# What one chat may take: real ones take milliseconds and thousands of characters.
+MAX_SECONDS = 10.0
+MAX_CHARACTERS = 1 << 24
 
 
 class ChatTemplateError(ValueError):
@@ -30,12 +38,64 @@ def render_chat(tokenizer: Any, messages: list[dict], tools: list | None, genera
     """
     if getattr(tokenizer, "chat_template", None) is None and not getattr(tokenizer, "has_chat_template", False):
         raise ChatTemplateError("the tokenizer has no chat template")
-    import jinja2
-
     try:
-        return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=generate)
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-        raise ChatTemplateError(f"the chat template refuses it: {error}") from error
+        with _time_limit(MAX_SECONDS):
+            text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=generate)
+    except Exception as error:  # a template is somebody else's program, and may fail in any way
+        reason = str(error) or type(error).__name__
+        raise ChatTemplateError(f"the chat template refuses it: {reason}") from error
+    if len(text) > MAX_CHARACTERS:
+        raise ChatTemplateError(f"the chat template makes {len(text):,} characters of it, more than {MAX_CHARACTERS:,}")
+    return text
+
+
+def require_tool_calls(tokenizer: Any, messages: list[dict], tools: list | None) -> None:
+    """Refuse a chat whose tool calls the template leaves out: the model would learn to answer without them.
+
+    Raises:
+        ChatTemplateError: names the message.
+    """
+    for position, message in enumerate(messages):
+        if not message.get("tool_calls"):
+            continue
+        marked = [*messages[:position], message | {"tool_calls": _marked(message["tool_calls"])}, *messages[position + 1 :]]
+        if marked[position] == message:
+            continue  # not calls as templates know them
+        try:
+            text = render_chat(tokenizer, marked, tools)
+        except ChatTemplateError:
+            continue  # it looks into the calls
+        if PROBES[0] not in text:
+            raise ChatTemplateError(
+                f"the chat template leaves out the tool calls of message {position}; take a tokenizer whose template "
+                "writes them, or leave such rows out"
+            )
+
+
+def _marked(calls: Any) -> Any:
+    """Tool calls with the probe in their functions' names."""
+    if isinstance(calls, Mapping):
+        return {key: PROBES[0] if key == "name" else _marked(value) for key, value in calls.items()}
+    return [_marked(call) for call in calls] if isinstance(calls, list) else calls
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError where the block takes longer. Only the main thread can be interrupted; others run on."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: Any) -> None:
+        raise TimeoutError(f"it took more than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def assistant_turns(

@@ -7,7 +7,7 @@ content. Nothing is parsed before it is iterated; `pyarrow` is imported only for
 import csv
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -80,7 +80,7 @@ def read_json_lines(path: Path) -> Iterator[RawRow]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 yield RawRow(place, None, f"not JSON ({error})")
                 continue
             if isinstance(row, dict):
@@ -91,18 +91,53 @@ def read_json_lines(path: Path) -> Iterator[RawRow]:
 
 def read_csv(path: Path) -> Iterator[RawRow]:
     """Comma-separated values under a header line; cells may span lines."""
-    with path.open(encoding="utf-8-sig", newline="") as lines:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        lines = _Lines(file)
         reader = csv.DictReader(lines)
         try:
             for row in reader:
-                place = f"{path}:{reader.line_num}"
-                if None in row or None in row.values():
+                place, first_line = f"{path}:{reader.line_num}", reader.line_num - len(lines.taken) + 1
+                if _is_open(lines):
+                    yield RawRow(f"{path}:{first_line}", None, "a quotation mark that opens in this row is never closed")
+                elif None in row or None in row.values():
                     num_cells = len(reader.fieldnames or ())
                     yield RawRow(place, None, f"the header has {num_cells} cells, this row has not")
                 else:
                     yield RawRow(place, row)
+                lines.taken.clear()
         except (UnicodeDecodeError, csv.Error) as error:  # what follows cannot be told apart into rows
             yield RawRow(f"{path}:{reader.line_num + 1}", None, f"not CSV in UTF-8 ({error})")
+
+
+class _Lines:
+    """The lines of a file, of which those of the present row are kept."""
+
+    def __init__(self, file: Iterable[str]):
+        self.taken: list[str] = []
+        self.at_end = False
+        self._file = iter(file)
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        try:
+            self.taken.append(next(self._file))
+        except StopIteration:
+            self.at_end = True
+            raise
+        return self.taken[-1]
+
+
+def _is_open(lines: _Lines) -> bool:
+    """Whether the row takes all the rest of the file, looking for the end of a cell."""
+    if not lines.at_end:
+        return False
+    try:
+        list(csv.reader(lines.taken, strict=True))
+    except csv.Error as error:
+        return "unexpected end of data" in str(error)
+    return False
 
 
 def read_parquet(path: Path) -> Iterator[RawRow]:
@@ -116,7 +151,7 @@ def read_parquet(path: Path) -> Iterator[RawRow]:
                 for row in batch.to_pylist():
                     number += 1
                     yield RawRow(f"{path}:row {number}", row)
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowException, OSError) as error:
         yield RawRow(f"{path}:row {number + 1}", None, f"not parquet ({error})")
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .chat import ChatTemplateError, assistant_turns, render_chat
+from .chat import ChatTemplateError, assistant_turns, render_chat, require_tool_calls
 
 FORMATS = {
     "chat": ("messages",),
@@ -116,15 +116,25 @@ def render(row: Mapping[str, Any], format: str, columns: Mapping[str, str], toke
         return value
 
     if format == "chat":
-        return _render_chat(row, columns, tokenizer, spans)
+        return _whole(_render_chat(row, columns, tokenizer, spans))
     if format == "text":
-        return Document(_not_empty(text_of("text"), columns.get("text", "text")))
+        return _whole(Document(_not_empty(text_of("text"), columns.get("text", "text"))))
     if format == "completion":
         prompt, answer, name = text_of("prompt"), text_of("completion"), columns.get("completion", "completion")
     else:
         prompt = _alpaca_prompt(text_of("instruction"), text_of("input", default=""))
         answer, name = text_of("output"), columns.get("output", "output")
-    return Document(prompt + _not_empty(answer, name), prompt)
+    return _whole(Document(prompt + _not_empty(answer, name), prompt))
+
+
+def _whole(document: Document) -> Document:
+    """The document, if its text is one: JSON can hold half a character, which no tokenizer takes."""
+    try:
+        document.text.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(document.text[error.start])
+        raise BadRow(f"the text holds {half}, half a character") from error
+    return document
 
 
 def _not_empty(text: str, name: str) -> str:
@@ -148,6 +158,7 @@ def _render_chat(
     messages = [_without_none(message) | {"content": message.get("content")} for message in messages]
     try:
         text = render_chat(tokenizer, messages, tools)
+        require_tool_calls(tokenizer, messages, tools)
     except ChatTemplateError as error:
         raise BadRow(str(error)) from error
     try:
@@ -170,7 +181,7 @@ def _from_json(value: Any, name: str) -> Any:
         return value
     try:
         return json.loads(value)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise BadRow(f"column {name!r} is text but not JSON ({error})") from error
 
 

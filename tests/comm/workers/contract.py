@@ -13,8 +13,8 @@ import mlx.core as mx
 import comm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from checks import CHECKS, rounds  # noqa: E402
-from fake import fake_group  # noqa: E402
+from checks import CHECKS, rounds
+from fake import fake_group
 
 group = comm.init()
 if sys.argv[1]:

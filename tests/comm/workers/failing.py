@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,7 +16,16 @@ import mlx.core as mx
 import comm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from fake import fake_group  # noqa: E402
+from fake import fake_group
+
+
+def download(seconds: float) -> None:
+    """What a download costs of the processor: a part of the time."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        sum(range(100_000))
+        time.sleep(0.02)
+
 
 kind, victim = sys.argv[1], int(sys.argv[2])
 world = comm.init()
@@ -54,9 +64,14 @@ if group.rank == victim:
         with group.progress.long_phase("tokenising"):
             for _ in group.progress.reporting(range(4)):
                 time.sleep(2)
-    elif kind == "still":
-        with group.progress.long_phase("tokenising"):
+    elif kind in ("still", "still loading"):
+        with group.progress.long_phase("loading" if "loading" in kind else "tokenising"):
             time.sleep(1000)
+    elif kind == "downloads":
+        with group.progress.long_phase("loading"):
+            downloading = threading.Thread(target=download, args=(8.0,))
+            downloading.start()
+            downloading.join()
 if kind == "goodbye":
     time.sleep(6)  # longer than the grace of a death
     print("finished", flush=True)
@@ -70,7 +85,7 @@ if kind == "garbage":
                 time.sleep(0.3)
     time.sleep(1)
 if kind == "crowd":
-    import resource  # noqa: E402
+    import resource
 
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     allowed = len(os.listdir("/dev/fd")) + (8 if group.rank == 0 else 400)

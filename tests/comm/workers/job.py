@@ -30,9 +30,9 @@ if what == "once":  # fails on the first attempt only
 if what == "fail":
     sys.exit(int(sys.argv[2]) if os.environ["MLX_RANK"] == "1" else 0)
 
-import mlx.core as mx  # noqa: E402
+import mlx.core as mx
 
-import comm  # noqa: E402
+import comm
 
 group = comm.init()
 total = group.all_sum(mx.array([1.0])).item()

@@ -11,13 +11,12 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
-from tensor_cases import loss_fn
 
 import comm
 from parallel import FullyShardedDataParallel, PipelineParallel, value_and_grad
-from parallel.fsdp import gathered_bytes
-from trainer.blas import load_fast_blas
-
+from parallel.fsdp.fully_sharded import gathered_bytes
+from tensor_cases import loss_fn
+from trainer.machine.blas import load_fast_blas
 
 
 def measure(wrap: Any, folder: Path, micro_batches: int = 1) -> dict[str, int]:

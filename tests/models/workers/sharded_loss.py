@@ -12,14 +12,14 @@ from mlx.utils import tree_flatten
 
 import comm
 from parallel import TensorParallel, gather_tensors, hidden_and_head, model_layout
-from trainer.lora import DropoutKeys, LoRASpec, attach, find_targets
-from trainer.models.checkpointing import checkpoint_layers
-from trainer.models.linear_cross_entropy import linear_cross_entropy
-from trainer.models.lora_matmul import use_fast_lora
-from trainer.models.prepare import prepare_for_training
+from trainer.layers.checkpointing import checkpoint_layers
+from trainer.layers.linear_cross_entropy import linear_cross_entropy
+from trainer.layers.lora_matmul import use_fast_lora
+from trainer.layers.prepare import prepare_for_training
+from trainer.model.lora import DropoutKeys, LoRASpec, attach, find_targets
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tiny import make  # noqa: E402
+from tiny import make
 
 TOKENS = mx.random.randint(0, 64, (2, 80), key=mx.random.key(0))
 SEGMENTS = mx.array([[1] * 80, [1] * 23 + [2] * 50 + [0] * 7])
@@ -61,7 +61,7 @@ def main() -> None:
         checkpoint_layers(sharded.layers, 2)
         value, local = loss_and_grads(sharded)
         grads = dict(gather_tensors(model_layout(sharded), local.items()))
-        norm = lambda x: mx.linalg.norm(x.reshape(-1)).item()  # noqa: E731
+        norm = lambda x: mx.linalg.norm(x.reshape(-1)).item()
         errors = {name: norm(grads[name] - want) / norm(want) for name, want in expected_grads.items()}
         worst = max(errors, key=errors.get)
         result["full" if full else "lora"] = [abs(value / expected - 1), errors[worst], worst, len(errors)]

@@ -9,7 +9,7 @@ import comm
 from parallel import DataParallel, RowThreads, value_and_grad
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from steps import assert_equal, batch_of, build  # noqa: E402
+from steps import assert_equal, batch_of, build
 
 world = comm.init()
 threads = RowThreads(2, 1) if world.rank == 0 else None

@@ -5,11 +5,10 @@ import sys
 import time
 from pathlib import Path
 
+import comm
 import pipeline_checks
 from mesh_cases import from_json, run_cases
-
-import comm
-from trainer.blas import load_fast_blas
+from trainer.machine.blas import load_fast_blas
 
 load_fast_blas()
 world = comm.init()

@@ -4,8 +4,7 @@ import sys
 from pathlib import Path
 
 from mesh_cases import from_json, save_reference
-
-from trainer.blas import load_fast_blas
+from trainer.machine.blas import load_fast_blas
 
 load_fast_blas()
 for case in from_json(sys.argv[2]):

@@ -5,11 +5,10 @@ import sys
 import warnings
 from dataclasses import asdict
 
-from plan_measure import measure
-
 import comm
-from trainer.blas import load_fast_blas
-from trainer.recipe import recipe_from
+from plan_measure import measure
+from trainer.machine.blas import load_fast_blas
+from trainer.recipe.load import recipe_from
 
 load_fast_blas()
 # A pipeline with few micro-batches says so.

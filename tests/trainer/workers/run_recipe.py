@@ -9,14 +9,14 @@ import os
 import resource
 import sys
 
-from trainer.blas import load_fast_blas
+from trainer.machine.blas import load_fast_blas
 
 load_fast_blas()  # before anything imports MLX
 
 import comm
-from trainer.recipe import recipe_from
-from trainer.run import Stop, train
-
+from trainer.recipe.load import recipe_from
+from trainer.training.requests import Stop
+from training import train
 
 LARGEST_FILE_BYTES = 32768
 

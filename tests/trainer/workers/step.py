@@ -12,7 +12,7 @@ import comm
 from compile_mode import compiling
 from parallel import clip_grad_norm
 from trainer.build import build
-from trainer.recipe import recipe_from
+from trainer.recipe.load import recipe_from
 
 
 def measure(values: dict, world: comm.Group, compile_step: bool = False) -> dict[str, mx.array]:

@@ -1,0 +1,1 @@
+"""Tools around a job: measuring links and launchers, and checking hosts."""

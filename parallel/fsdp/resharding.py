@@ -1,0 +1,66 @@
+"""Linear layers that ask for their weights twice: once per pass, with nothing kept in between.
+
+MLX's own gradient of `x @ w.T` refers to `w`, so a gathered weight would live until the backward pass. Here the
+layer's call is one function with a gradient of its own, which runs the layer's gradient on weights that are
+gathered again. For layers that are linear in `x` no forward result is needed, so nothing is computed twice.
+"""
+
+from functools import cache
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+
+class ReshardedLeaf(nn.Module):
+    """A linear layer (plain, quantized, of experts, or a convolution); mixed in below what tensor parallelism adds.
+
+    `whole_again` is a function that gives its whole arrays by name in the backward pass, or None.
+    """
+
+    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        """As the layer that it was."""
+        again = self.whole_again
+        call = super().__call__
+        if again is None:
+            return call(x, *args, **kwargs)
+        trained = [n for n, value in self.items() if isinstance(value, mx.array) and n not in self._no_grad]
+
+        def run(x: mx.array, *arrays: mx.array) -> mx.array:
+            seen = {name: self[name] for name in trained}
+            self.update(dict(zip(trained, arrays)))
+            try:
+                return call(x, *args, **kwargs)
+            finally:
+                self.update(seen)
+
+        @mx.custom_function
+        def forward(x: mx.array, *arrays: mx.array) -> mx.array:
+            return run(x, *arrays)
+
+        @forward.vjp
+        def backward(primals, cotangent, output):
+            # Tensor parallelism may call a copy of the layer without its bias.
+            whole = {name: value for name, value in again().items() if name in self}
+            x = primals[0] if isinstance(primals, (list, tuple)) else primals
+            seen = {name: self[name] for name in whole}
+            self.update(whole)
+            try:
+                # An array that is not divided keeps the value of the first pass.
+                arrays = [whole.get(name, value) for name, value in zip(trained, primals[1:] if trained else [])]
+                _, grads = mx.vjp(lambda *primals: [run(*primals)], [x, *arrays], [cotangent])
+            finally:
+                self.update(seen)
+            return tuple(grads) if trained else grads[0]
+
+        return forward(x, *[self[name] for name in trained])
+
+
+@cache
+def resharded_class(cls: type) -> type:
+    """`cls` with `ReshardedLeaf` in front of the layer's own class, behind the mixins of tensor parallelism."""
+    mixins = cls.__bases__[:-1]
+    if mixins and "__call__" not in vars(cls):
+        base = resharded_class(cls.__bases__[-1])
+        return type(cls.__name__, (*mixins, base), {"__module__": cls.__module__})
+    return type(cls.__name__, (ReshardedLeaf, cls), {"__module__": cls.__module__})

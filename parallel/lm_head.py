@@ -1,0 +1,123 @@
+"""Hidden states and output head of a language model, apart, so that a loss need never build all logits.
+
+Letters: B rows, L tokens, D hidden dims, V vocabulary. An mlx-lm text model is `head(norm(layers(embed(x))))`;
+the table below says what else an architecture does to its logits. Where the pieces are not known, the whole
+model is run and the head is the identity: right, but with all logits in memory.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+import comm
+from parallel.wrapper import parallel_state
+
+
+@dataclass(frozen=True)
+class Head:
+    """The map from hidden states to logits.
+
+    Attributes:
+        module: the projection, `nn.Linear` or an embedding (also quantized, LoRA or sharded); None = identity.
+        tied: the projection is the input embedding's `as_linear`.
+        scale: factor on the logits.
+        softcap: logits become `softcap * tanh(logits / softcap)`, or None.
+        group: ranks that split the vocabulary (size 1: every rank has all of it).
+        first: first vocabulary id of this rank's slice.
+    """
+
+    module: nn.Module | None
+    tied: bool = False
+    scale: float = 1.0
+    softcap: float | None = None
+    group: comm.Group = field(default_factory=comm.solo)
+    first: int = 0
+
+    def __call__(self, hidden: mx.array) -> mx.array:
+        """Logits of this rank's vocabulary slice: `(..., D)` to `(..., V / group.size)`."""
+        if self.module is None:
+            return hidden
+        if self.group.size > 1:
+            logits = self.module.local_logits(hidden)
+        else:
+            logits = self.module.as_linear(hidden) if self.tied else self.module(hidden)
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * mx.tanh(logits / self.softcap)
+        return logits
+
+
+def _plain(args: Any) -> dict[str, Any]:
+    return {}
+
+
+def _softcapped(args: Any) -> dict[str, Any]:
+    return {"softcap": args.final_logit_softcapping}
+
+
+def _scaled(args: Any) -> dict[str, Any]:
+    return {"scale": args.logit_scale}
+
+
+def _divided(args: Any) -> dict[str, Any]:
+    return {"scale": 1.0 / args.logits_scaling}
+
+
+# model_type of the text model -> what its logits undergo after the projection. Read from mlx-lm 0.32.2.
+LOGIT_RULES: dict[str, Callable[[Any], dict[str, Any]]] = {
+    **dict.fromkeys(
+        ("llama", "mistral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_next", "qwen3_5", "qwen3_5_text")
+        + ("qwen3_5_moe", "qwen3_5_moe_text", "gemma", "gemma3_text", "phi3", "olmo2", "mixtral", "smollm3"),
+        _plain,
+    ),
+    "gemma2": _softcapped,
+    "cohere": _scaled,
+    "cohere2": _scaled,
+    "granite": _divided,
+}
+
+
+def text_model(model: nn.Module) -> nn.Module:
+    """The language part of an mlx-lm model: `model.language_model` where it has one, else `model` itself."""
+    return getattr(model, "language_model", model)
+
+
+def output_head(model: nn.Module) -> Head | None:
+    """The head of an mlx-lm model, or None when its architecture is not in `LOGIT_RULES`."""
+    text = text_model(model)
+    rule = LOGIT_RULES.get(getattr(text, "model_type", None))
+    if rule is None:
+        return None
+    args = text.args
+    tied = getattr(text, "tie_word_embeddings", getattr(args, "tie_word_embeddings", False)) or "lm_head" not in text
+    module = text.model.embed_tokens if tied else text.lm_head
+    # Left by TensorParallel where it divides the vocabulary.
+    part = getattr(module, "vocabulary", None)
+    sharding = {} if part is None else {"group": part.group, "first": part.first}
+    return Head(module, tied=tied, **rule(args), **sharding)
+
+
+def hidden_and_head(model: nn.Module, tokens: mx.array, segments: mx.array | None = None) -> tuple[mx.array, Head]:
+    """Run `model` up to its final norm.
+
+    Args:
+        model: an mlx-lm model, plain or wrapped, or any module that maps tokens to logits.
+        tokens: `(B, L)` int32.
+        segments: `(B, L)` int32 document numbers of packed rows; None = one document per row.
+
+    Returns:
+        hidden: `(B, L, D)`, or the logits `(B, L, V)` with an identity head where the architecture is unknown.
+        head: the `Head` with `head(hidden) == model(tokens)`.
+    """
+    cache = None if segments is None else model.segment_cache(segments)
+    head = output_head(model)
+    if head is None:
+        return (model(tokens) if cache is None else model(tokens, cache=cache)), Head(None)
+    core = text_model(model).model
+    hidden = parallel_state(model).guarded(core(tokens) if cache is None else core(tokens, cache))
+    # Only now: a head whose weights are divided for storage gathers them for its copy.
+    return hidden, replace(head, module=head.module.whole()) if hasattr(head.module, "whole") else head

@@ -1,0 +1,291 @@
+"""Saving a run's state and taking it up again, on the same or on another number of ranks.
+
+Rank 0 holds the files: it chooses the checkpoint and sends the state. A checkpoint of another model, data,
+method, seed, batch or base weights is refused; other changes of the recipe go on with a notice.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_unflatten
+
+import comm
+from parallel import ParameterLayout, gather_tensors, model_layout, slice_tensors
+from trainer.agreement import broadcast_tensors, together
+from trainer.build import Parts
+from trainer.checkpoint.folder import RESULT_FILE, Checkpoint, CheckpointError, CheckpointFolder
+from trainer.checkpoint.weights_digest import weights_digest
+from trainer.files.storage import atomic_file, read_json, write_json
+from trainer.model.loading import model_dtype, source_folder
+from trainer.recipe.config import Recipe
+from trainer.recipe.load import flattened
+from trainer.recipe.rules import resolve_batch
+from trainer.training.progress import WATCHDOG_ROWS, Progress
+
+FREE_SECTIONS = ("optimizer", "schedule", "epochs", "max_steps", "max_grad_norm", "gradient_checkpointing")
+RUN_FILE = ".run"
+Notice = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a run continues from.
+
+    Attributes:
+        checkpoint: on rank 0, where there is one; None elsewhere.
+        state: its state on every rank; None for a new run.
+        run: number of the run in its output folder, on every rank.
+    """
+
+    checkpoint: Checkpoint | None
+    state: dict[str, Any] | None
+    run: int = 0
+
+
+def save_checkpoint(parts: Parts, folder: CheckpointFolder, progress: Progress) -> Path | None:
+    """Write a checkpoint: trainable weights, optimizer state, and what continues the plan. Every rank calls it.
+
+    Returns its folder; None on ranks without a disk.
+
+    With a patience the best one stays beside the last ones. A run that is given up loses none: what it learned lately
+    may be worth nothing.
+    """
+    layout = model_layout(parts.model)
+    weights = tree_flatten(parts.model.trainable_parameters())
+    files = {
+        "weights": gather_tensors(layout, weights, parts.mesh.pp),
+        "optimizer": gather_tensors(_slot_layout(layout, parts.optimizer), parts.optimizer.tensors(), parts.mesh.pp),
+    }
+    epoch, position = divmod(progress.step, parts.batches.steps_per_epoch)
+    state = {
+        "progress": progress.as_dict(),
+        "plan": {"epoch": epoch, "position": position},
+        "num_updates": parts.optimizer.num_updates,
+        "identity": parts.identity,
+        "base": _base(parts) if parts.world.rank == 0 else None,
+        "settings": _settings(parts.recipe),
+        "described": _described(parts.recipe),
+        "mesh": asdict(parts.sizes),
+        "batch_dp": parts.batch_dp,
+        "seed": parts.recipe.seed,
+    }
+    # A save that fails on rank 0 still takes part in every gather, so the ranks can agree about it afterwards.
+    folder.pin(progress.best_step if parts.recipe.eval.patience else None)
+    given_up = progress.high_rows >= WATCHDOG_ROWS
+    return together(parts.world, lambda: folder.save(progress.step, files, state, keep_all=given_up))
+
+
+def find_checkpoint(recipe: Recipe, folder: CheckpointFolder, world: comm.Group, notice: Notice) -> Found:
+    """The checkpoint that `checkpoint.resume` means; rank 0 looks, every rank gets its state.
+
+    Raises:
+        ValueError: a checkpoint named by path is not whole.
+    """
+
+    def look() -> Checkpoint | None:
+        if world.rank != 0:
+            return None
+        if recipe.checkpoint.resume == "none":
+            return _own(folder, notice) if int(os.environ.get("COMM_RESTARTS", "0")) else None
+        if recipe.checkpoint.resume == "auto":
+            return folder.newest(notice)
+        try:
+            return folder.open(Path(recipe.checkpoint.resume))
+        except CheckpointError as error:
+            raise ValueError(f"checkpoint.resume: {error}") from error
+
+    checkpoint = together(world, lambda: _of_a_run(look()))
+    run = together(world, lambda: _number(folder, checkpoint) if world.rank == 0 else 0)
+    return Found(checkpoint, *comm.broadcast_object([checkpoint.state if checkpoint else None, run], world))
+
+
+def _of_a_run(checkpoint: Checkpoint | None) -> Checkpoint | None:
+    """The checkpoint, if a run has written it and not another program."""
+    if checkpoint is not None and not ("identity" in checkpoint.state and isinstance(checkpoint.state.get("progress"), dict)):
+        raise ValueError(f"{checkpoint.path} holds no state of a run; use another output_dir, or checkpoint.resume=none.")
+    return checkpoint
+
+
+def _own(folder: CheckpointFolder, notice: Notice) -> Checkpoint | None:
+    """What a run that the launcher restarted has saved itself, beside what earlier runs left in the folder."""
+    assert folder.folder is not None, "only a rank with a disk reads"
+    try:
+        number = read_json(folder.folder.parent / RUN_FILE)
+    except (OSError, ValueError):
+        return None  # it failed before it knew its number
+    return folder.newest(notice, lambda state: _run_of(state) == number)
+
+
+def _number(folder: CheckpointFolder, checkpoint: Checkpoint | None) -> int:
+    """The run's number, kept in the folder for a restart."""
+    assert folder.folder is not None, "only a rank with a disk writes"
+    number = _run_number(folder, checkpoint)
+    with atomic_file(folder.folder.parent / RUN_FILE) as file:
+        write_json(file, number)
+    return number
+
+
+def _run_number(folder: CheckpointFolder, checkpoint: Checkpoint | None) -> int:
+    """A run goes on under the number in its own folder's checkpoint; a new one counts on from what is there."""
+    assert folder.folder is not None, "only a rank with a disk reads"
+    if checkpoint is not None and checkpoint.path.parent.resolve() == folder.folder.resolve():
+        return _run_of(checkpoint.state)
+    earlier = [_run_of(state) for state in folder.states()]
+    try:
+        earlier.append(int(read_json(folder.folder.parent / RESULT_FILE).get("run", 0)))
+    except (OSError, ValueError, TypeError, AttributeError):
+        pass  # no result, or a torn one, which `is_written` does not take either
+    return max(earlier, default=0) + 1
+
+
+def _run_of(state: dict[str, Any]) -> int:
+    progress = state.get("progress")
+    return progress.get("run", 0) if isinstance(progress, dict) else 0
+
+
+def keep_global_batch(recipe: Recipe, found: Found, dp: int) -> tuple[Recipe, int]:
+    """Hold a resumed run to its global batch when only the number of ranks has changed.
+
+    Args:
+        recipe: of the run to be continued.
+        found: its checkpoint.
+        dp: data-parallel ranks now.
+
+    Returns:
+        The recipe, with `global_batch_size` set where the checkpoint decides it (accumulation follows), and the
+        number of data-parallel ranks for which the recipe as written gives that batch.
+
+    Raises:
+        RecipeError: the global batch cannot be divided by the ranks there are now.
+    """
+    if found.state is None:
+        return recipe, dp
+    saved, batch_dp = found.state["identity"]["global_batch_size"], found.state["batch_dp"]
+    if batch_dp == dp or resolve_batch(recipe, batch_dp).global_size != saved:
+        return recipe, dp
+    kept = replace(recipe, global_batch_size=saved, grad_accumulation_steps=1)
+    resolve_batch(kept, dp)
+    return kept, batch_dp
+
+
+def restore(parts: Parts, folder: CheckpointFolder, found: Found, notice: Notice) -> Progress:
+    """Load rank 0's checkpoint into every rank's model and optimizer.
+
+    Args:
+        parts: freshly built.
+        folder: of the run's checkpoints.
+        found: from `find_checkpoint`.
+        notice: gets one line per change of settings.
+
+    Returns:
+        Where the run stands; a fresh `Progress` without a checkpoint.
+
+    Raises:
+        ValueError: the checkpoint belongs to another run; lists the keys.
+    """
+    world, checkpoint, state = parts.world, found.checkpoint, found.state
+    if state is None:
+        return Progress(run=found.run)
+    words = list(_differences(state.get("described", {}), _described(parts.recipe)))
+    together(world, lambda: _check_identity(state["identity"], parts.identity, words))
+    together(world, lambda: _check_base(state.get("base"), _base(parts), notice) if world.rank == 0 else None)
+    for difference in differences(found, parts.recipe):
+        notice(f"resuming with another {difference}")
+    load_weights(parts, checkpoint)
+    layout = model_layout(parts.model)
+    moments = broadcast_tensors(world, checkpoint.tensors("optimizer") if checkpoint else None)
+    own = {name for name, _ in parts.optimizer.tensors()}
+    slots = dict(slice_tensors(_slot_layout(layout, parts.optimizer), moments, own))
+    parts.optimizer.load(slots, state["num_updates"])
+    mx.eval(parts.optimizer.state)
+    progress = replace(Progress.resumed(state["progress"]), run=found.run)
+    if parts.recipe.eval.patience and progress.best_step is not None:
+        _find_best(parts.world, folder, progress, notice)
+    return progress
+
+
+def differences(found: Found, recipe: Recipe) -> list[str]:
+    """Settings that a run may change and that its checkpoint was made with otherwise, such as `max_steps: 6 then, 8 now`."""
+    return list(_differences(found.state["settings"], _settings(recipe))) if found.state else []
+
+
+def load_weights(parts: Parts, checkpoint: Checkpoint | None) -> None:
+    """Load the trainable weights of rank 0's checkpoint into every rank's model; None on the other ranks."""
+    weights = broadcast_tensors(parts.world, checkpoint.tensors("weights") if checkpoint else None)
+    own = {name for name, _ in tree_flatten(parts.model.trainable_parameters())}
+    parts.model.update(tree_unflatten(list(slice_tensors(model_layout(parts.model), weights, own))))
+    mx.eval(parts.model.trainable_parameters())
+
+
+def _find_best(world: comm.Group, folder: CheckpointFolder, progress: Progress, notice: Notice) -> None:
+    """Keep the best checkpoint; where it is gone, or in another folder, the best is chosen anew."""
+    if comm.broadcast_object(folder.holds(progress.best_step), world):
+        folder.pin(progress.best_step)
+        together(world, folder.mark_best)
+    else:
+        notice(f"the best checkpoint, of step {progress.best_step}, is not in this folder: the best is chosen anew")
+        progress.forget_best()
+
+
+def _slot_layout(layout: dict[str, ParameterLayout], optimizer: Any) -> dict[str, ParameterLayout]:
+    """The layout of optimizer tensors: a slot of its parameter's shape is split like the parameter."""
+    names = (name for name, _ in optimizer.tensors())
+    return {name: layout[name.rsplit(".", 1)[0]] for name in names if name.rsplit(".", 1)[0] in layout}
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    sections = asdict(recipe)
+    return {name: sections[name] for name in FREE_SECTIONS}
+
+
+def _described(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's words for what a checkpoint's identity holds digests of."""
+    sections = asdict(recipe)
+    return {name: sections[name] for name in ("model", "lora", "data")}
+
+
+def _check_identity(saved: dict[str, Any], current: dict[str, Any], words: Sequence[str] = ()) -> None:
+    """Refuse a checkpoint of another run; `words`, how the recipes differ, explain what is a digest."""
+    changed = [key for key in current if saved.get(key) != current[key]]
+    if not changed:
+        return
+    pairs = []
+    for key in changed:
+        section = [text for text in words if text.split(".")[0] == key.split(".")[0]]
+        pairs += section or [f"{key}: {saved.get(key)} then, {current[key]} now"]
+    raise ValueError(
+        f"The checkpoint belongs to another run ({'; '.join(dict.fromkeys(pairs))}). Use another output_dir, or "
+        "checkpoint.resume=none."
+    )
+
+
+def _base(parts: Parts) -> dict[str, Any]:
+    """What the adapters stand on: rank 0's weights, and how they are held. Full training keeps none of it."""
+    recipe = parts.recipe
+    if recipe.method == "full":
+        return {}
+    folder = source_folder(recipe.model)
+    return {
+        "model weights": weights_digest(folder) if folder else "random",
+        "model.dtype": str(model_dtype(recipe.model.dtype)).removeprefix("mlx.core."),
+        "model.quantize": asdict(recipe.model)["quantize"],
+    }
+
+
+def _check_base(saved: dict[str, Any] | None, current: dict[str, Any], notice: Notice) -> None:
+    if saved is None:
+        notice("the checkpoint does not say on which base weights it was trained; they are taken to be the same")
+        return
+    _check_identity(saved, current)
+
+
+def _differences(saved: dict[str, Any], current: dict[str, Any]) -> Iterator[str]:
+    """Settings that differ, each in words; those that an older checkpoint does not have are left out."""
+    before, now = flattened(saved), flattened(current)
+    for key in now:
+        if key in before and before[key] != now[key]:
+            yield f"{key}: {before[key]} then, {now[key]} now"

@@ -1,0 +1,1 @@
+"""Answers of a model: held-out rows and their reference answers."""

@@ -1,0 +1,1 @@
+"""Memory of a mesh from shapes alone: placement, traced graphs, lifetimes, footprint."""

@@ -1,0 +1,324 @@
+"""Memory of one rank of a run, from shapes: weights, gradients, optimizer, and what a step needs beside them.
+
+The first three are exact. The rest comes from the graph of one training step (`trainer.memory.liveness`), traced
+once on one device and scaled to the mesh: a pipeline stage keeps its layers' share for each micro-batch in
+flight, and tensor parallelism divides all but the residual stream.
+
+Letters: B rows of a micro-batch, L tokens of a row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.tuner.lora import LoRASwitchLinear
+
+from parallel import hidden_and_head
+from parallel.pipeline import check_stages, even_split, memory_split
+from trainer.memory.liveness import Buffer, Lifetimes, lifetimes
+from trainer.memory.placement import Part, Placement
+from trainer.memory.shapes import PlannedModel
+from trainer.memory.traced_graph import trace
+from trainer.model.lora import EXPERTS
+from trainer.recipe.config import Recipe
+from trainer.recipe.rules import MeshSizes
+from trainer.training.optim import Optimizer
+
+# Buffers of MLX's ring backend, and a bucket of gradients, per group; comm chooses buckets of about this size.
+_GROUP_BYTES = 32 * 2**20
+_BUCKET_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes on the fullest rank of a mesh.
+
+    Attributes:
+        weights, gradients, optimizer: exact.
+        buffers: of communication: messages in flight, weights gathered for use.
+        activations: everything else at the step's peak, all rows of a micro-batch at once; CPUs take them in slices.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    buffers: int
+    activations: int
+
+    @property
+    def peak(self) -> int:
+        """The sum: the most that is needed at any time of a step."""
+        return self.weights + self.gradients + self.optimizer + self.buffers + self.activations
+
+
+class Footprints:
+    """Footprints of one recipe on any mesh; the step is traced once.
+
+    Args:
+        recipe: gives the batch, the optimizer and the pipeline's schedule.
+        planned: the recipe's model.
+    """
+
+    def __init__(self, recipe: Recipe, planned: PlannedModel) -> None:
+        self.recipe = recipe
+        self.planned = planned
+        self.placement = Placement(planned.model)
+
+    def split(self, pp: int) -> list[int]:
+        """Layers of each pipeline stage; `memory` is planned for machines of equal memory.
+
+        Raises:
+            ValueError: the model cannot be cut into stages.
+        """
+        num_layers, split = self.placement.num_layers, self.recipe.parallel.split
+        if pp > 1:
+            check_stages(self.planned.model)
+        if isinstance(split, list) and len(split) == pp:
+            return split
+        if split == "memory" and pp > 1:
+            sizes = [0] * num_layers
+            first = last = 0
+            for part in self.placement.parts:
+                if part.layer is not None:
+                    sizes[part.layer] += part.num_bytes
+                elif "embed" in part.name:
+                    first += part.num_bytes
+                else:
+                    last += part.num_bytes
+            return memory_split(sizes, first, last, [1] * pp)
+        return even_split(num_layers, pp)
+
+    def of(self, mesh: MeshSizes, accumulation: int) -> Footprint:
+        """The footprint of the fullest rank.
+
+        Args:
+            mesh: sizes of the axes.
+            accumulation: micro-batches of one step.
+
+        Raises:
+            ValueError: the model cannot be divided so.
+        """
+        return max((self.stage(mesh, accumulation, stage) for stage in range(mesh.pp)), key=lambda f: f.peak)
+
+    def stage(self, mesh: MeshSizes, accumulation: int, stage: int) -> Footprint:
+        """The footprint of the ranks of one pipeline stage; arguments as for `of`."""
+        parts = self.placement.rank(mesh, stage, self.split(mesh.pp))
+        trained = [part for part in parts if part.trainable]
+        weights = sum(part.num_bytes for part in parts)
+        gradients = sum(part.size * self._gradient_item_bytes(part, mesh, accumulation) for part in trained)
+        optimizer = optimizer_bytes(trained, self.recipe)
+        buffers = self._buffers(mesh, stage, trained, gradients)
+        step = self._step_peak(mesh, accumulation, stage, trained, gradients)
+        update = gradients + self._update_excess * _elements(trained) / _elements(self._all_trained)
+        # Gathered weights and gradients on their way are gone when the optimizer begins.
+        most = max(step + buffers, update + self._group_bytes(mesh))
+        return Footprint(weights, gradients, optimizer, buffers, round(most - gradients - buffers))
+
+    def _gradient_item_bytes(self, part: Part, mesh: MeshSizes, accumulation: int) -> int:
+        """Gradients are added up in float32, over micro-batches and (by default) over ranks."""
+        is_widened = accumulation > 1 or (mesh.dp > 1 and self.recipe.parallel.wire_dtype == "float32")
+        return 4 if is_widened else part.dtype.size
+
+    def _buffers(self, mesh: MeshSizes, stage: int, trained: list[Part], gradients: int) -> int:
+        total = self._group_bytes(mesh)
+        if mesh.dp_replicate > 1:
+            # The gradients before the sum stay until the last bucket is back.
+            total += sum(part.num_bytes for part in trained) + min(2 * _BUCKET_BYTES, gradients)
+        if mesh.dp_shard > 1:
+            total += self._gathered(mesh, stage)
+        return total
+
+    def _group_bytes(self, mesh: MeshSizes) -> int:
+        return _GROUP_BYTES * sum(size > 1 for size in (mesh.dp_replicate, mesh.dp_shard, mesh.pp, mesh.tp))
+
+    def _gathered(self, mesh: MeshSizes, stage: int) -> int:
+        """FSDP: the unit in use, gathered, with its gradients, and the gathered weights of the next, in either pass."""
+        whole = MeshSizes(1, 1, mesh.pp, mesh.tp)
+        weights: dict[int | str, int] = {}
+        gradients: dict[int | str, int] = {}
+        for part in self.placement.rank(whole, stage, self.split(mesh.pp)):
+            unit = part.name.rpartition(".")[0] if part.layer is None else part.layer
+            weights[unit] = weights.get(unit, 0) + part.num_bytes
+            gradients[unit] = gradients.get(unit, 0) + part.num_bytes * part.trainable
+        order = sorted(weights, key=lambda unit: (not _is_embedding(unit), isinstance(unit, str), unit))
+        sizes = [0, *(weights[unit] for unit in order), 0]
+        return max(
+            weights[unit] + gradients[unit] + max(sizes[i], sizes[i + 2]) for i, unit in enumerate(order)
+        )
+
+    def _step_peak(
+        self, mesh: MeshSizes, accumulation: int, stage: int, trained: list[Part], gradients: int
+    ) -> float:
+        """Most bytes of activations and gradients at any time of forward and backward."""
+        whole_share = 1 / mesh.tp
+
+        def activation(buffer: Buffer) -> float:
+            is_residual = bool(buffer.shape) and buffer.shape[-1] == self._hidden_dims
+            return 0.0 if buffer.is_result else buffer.num_bytes * (1.0 if is_residual else whole_share)
+
+        over_time = self._step_lifetimes(accumulation > 1)
+        alive = over_time.bytes_over_time(activation)
+        growing = over_time.bytes_over_time(lambda b: float(b.num_bytes) if b.is_result else 0.0)
+        if mesh.pp > 1:
+            return gradients + self._pipeline_peak(mesh, accumulation, stage, alive, activation)
+        total = growing.max() or 1.0
+        return float((alive + growing * (gradients / total)).max())
+
+    def _pipeline_peak(
+        self,
+        mesh: MeshSizes,
+        accumulation: int,
+        stage: int,
+        alive: np.ndarray,
+        activation: Callable[[Buffer], float],
+    ) -> float:
+        """One stage's kept activations of all micro-batches in flight, and its work on one of them."""
+        split = self.split(mesh.pp)
+        layers = self._layer_lifetimes
+        over_time = layers.bytes_over_time(activation)
+        kept = over_time[layers.made_at[-1]]
+        in_flight = min(
+            accumulation, mesh.pp - stage if self.recipe.parallel.schedule == "1f1b" else accumulation
+        )
+        is_last = stage == mesh.pp - 1
+        work = (alive if is_last else over_time).max() - kept
+        return in_flight * kept * split[stage] / sum(split) + max(work, 0.0)
+
+    @property
+    def _hidden_dims(self) -> int:
+        return self.planned.text_config.get("hidden_size", 0)
+
+    @cached_property
+    def _all_trained(self) -> list[Part]:
+        return [part for part in self.placement.parts if part.trainable]
+
+    @property
+    def _batch(self) -> dict[str, mx.array]:
+        """A micro-batch of full rows in which every token is learned: the largest there is."""
+        shape = (self.recipe.batch_size_per_device, self.recipe.data.max_seq_len)
+        return {
+            "tokens": mx.zeros(shape, dtype=mx.int32),
+            "mask": mx.broadcast_to(mx.arange(shape[1]) > 0, shape),
+            "segments": mx.ones(shape, dtype=mx.int32),
+            "keys": mx.zeros((shape[0], 2), dtype=mx.uint32),
+        }
+
+    def _step_lifetimes(self, accumulates: bool) -> Lifetimes:
+        return self._adding_lifetimes if accumulates else self._plain_lifetimes
+
+    @cached_property
+    def _plain_lifetimes(self) -> Lifetimes:
+        with _experts_frozen(self.planned.model):
+            return _trace_step(self.planned, self._batch, accumulates=False)
+
+    @cached_property
+    def _adding_lifetimes(self) -> Lifetimes:
+        with _experts_frozen(self.planned.model):
+            return _trace_step(self.planned, self._batch, accumulates=True)
+
+    @cached_property
+    def _layer_lifetimes(self) -> Lifetimes:
+        """Forward and backward without head and loss; its last result is the hidden states."""
+        tokens = self._batch["tokens"]
+
+        def hidden_sum(model: nn.Module) -> tuple[mx.array, mx.array]:
+            hidden, _ = hidden_and_head(model, tokens)
+            return hidden.astype(mx.float32).sum(), hidden
+
+        def function(model: nn.Module) -> list[mx.array]:
+            (total, hidden), grads = nn.value_and_grad(model, hidden_sum)(model)
+            return [total, *(g for _, g in tree_flatten(grads)), hidden]
+
+        with _experts_frozen(self.planned.model):
+            return _trace_model(self.planned.model, function, [])
+
+    @cached_property
+    def _update_excess(self) -> float:
+        """Bytes that an update of all trained parameters needs for a moment beside weights and state."""
+        trained = self._all_trained
+        examples = [mx.zeros(part.shape, dtype=part.dtype) for part in trained]
+
+        def function(*arrays: mx.array) -> list[mx.array]:
+            tree = tree_unflatten([(part.name, a) for part, a in zip(trained, arrays, strict=False)])
+            holder = nn.Module()
+            dict.update(holder, tree)
+            optimizer = Optimizer(tree, self.recipe.optimizer)
+            grads = [(part.name, g) for part, g in zip(trained, arrays[len(trained) :], strict=True)]
+            optimizer.update(holder, tree_unflatten(grads), 1e-3)
+            updated = [value for _, value in tree_flatten(holder.trainable_parameters())]
+            return [*updated, *(state for _, state in optimizer.tensors())]
+
+        graph = trace(function, [*examples, *examples])
+        given_up = {name: part.num_bytes for name, part in zip(graph.inputs, trained, strict=False)}
+        peak = lifetimes(graph, given_up).bytes_over_time().max()
+        return peak - sum(given_up.values()) - optimizer_bytes(trained, self.recipe)
+
+
+def optimizer_bytes(trained: list[Part], recipe: Recipe) -> int:
+    """Bytes of the optimizer's state for parts of these shapes: of the run's own optimizer, never evaluated."""
+    tree = tree_unflatten([(part.name, mx.zeros(part.shape, dtype=part.dtype)) for part in trained])
+    return sum(array.nbytes for _, array in Optimizer(tree, recipe.optimizer).tensors())
+
+
+def _is_embedding(unit: int | str) -> bool:
+    return isinstance(unit, str) and "embed" in unit
+
+
+def _elements(parts: list[Part]) -> int:
+    return sum(part.size for part in parts)
+
+
+def _trace_step(planned: PlannedModel, batch: dict[str, mx.array], accumulates: bool) -> Lifetimes:
+    """Loss and gradients of one micro-batch, added to those of earlier ones where `accumulates`."""
+    trainable = tree_flatten(planned.model.trainable_parameters())
+    sums = [mx.zeros(p.shape) for _, p in trainable] if accumulates else []
+
+    def function(model: nn.Module, *earlier: mx.array) -> list[mx.array]:
+        (loss, num_tokens), grads = nn.value_and_grad(model, planned.loss)(model, batch)
+        gradients = [g for _, g in tree_flatten(grads)]
+        if accumulates:
+            gradients = [s + g.astype(s.dtype) for s, g in zip(earlier, gradients, strict=True)]
+        return [loss, num_tokens, *gradients]
+
+    return _trace_model(planned.model, function, sums)
+
+
+@contextlib.contextmanager
+def _experts_frozen(model: nn.Module) -> Iterator[None]:
+    """Freeze expert layers for a while: MLX cannot export the operation that makes their weights' gradients."""
+    experts = [m for _, m in model.named_modules() if isinstance(m, (*EXPERTS, LoRASwitchLinear))]
+    frozen_before = [module._no_grad.copy() for module in experts]
+    for module in experts:
+        module.freeze(recurse=False)
+    try:
+        yield
+    finally:
+        for module, names in zip(experts, frozen_before, strict=True):
+            module._no_grad = names
+
+
+def _trace_model(model: nn.Module, function: Callable, arguments: list[mx.array]) -> Lifetimes:
+    """Trace a function of the model with its parameters as inputs, and leave the model as it was.
+
+    The arguments are given up to it, so they count until they are read.
+    """
+    parameters = tree_flatten(model.parameters())
+    names = [name for name, _ in parameters]
+
+    def traced(*arrays: mx.array) -> list[mx.array]:
+        model.update(tree_unflatten(list(zip(names, arrays[: len(names)], strict=True))))
+        return function(model, *arrays[len(names) :])
+
+    try:
+        graph = trace(traced, [*(p for _, p in parameters), *arguments])
+    finally:
+        model.update(tree_unflatten(parameters))
+    given_up = dict(zip(graph.inputs[len(names) :], (a.nbytes for a in arguments), strict=True))
+    return lifetimes(graph, given_up)
