@@ -257,7 +257,9 @@ class Watchdog:
     def _end_the_silent(self, now: float) -> None:
         for peer in self._peers:
             silent = now - peer.heard
-            if peer.rank is not None and silent > self.timeout_seconds:
+            # One that has left reports no more. Its connection stays where MPI waits at its end for all ranks.
+            is_awaited = peer.rank is not None and not self.table[peer.rank].left
+            if is_awaited and silent > self.timeout_seconds:
                 self._conclude(self._silence(peer.rank, silent))
 
     def _own_status(self, now: float) -> RankStatus:
