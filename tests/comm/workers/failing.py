@@ -107,3 +107,5 @@ for _ in range(3):
     mx.eval(group.all_sum(mx.ones((100_000,))))
 group.barrier()
 print("finished", flush=True)
+if kind == "stop last" and group.rank == victim:
+    os.kill(os.getpid(), signal.SIGSTOP)
