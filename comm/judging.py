@@ -115,9 +115,7 @@ class Judge:
             return f"a collective has waited {longest:.0f} s: {_cut_cables(table)}"
         fewest = min(status.number for status in table)
         late = [rank for rank, status in enumerate(table) if status.number == fewest]
-        left = [rank for rank in _left(table) if rank not in late]
-        also = f", and {rank_names(table, left)} has left" if left else ""
-        return f"a collective has waited {longest:.0f} s for {rank_names(table, late)}{also}"
+        return f"a collective has waited {longest:.0f} s for {rank_names(table, late)}{_also_left(table, late)}"
 
     def _still_phase(
         self, table: Sequence[RankStatus], present: list[int], in_phase: list[int]
@@ -130,8 +128,8 @@ class Judge:
             return None
         fewest = min(table[rank].number for rank in in_phase)
         late = [rank for rank in in_phase if table[rank].number == fewest]
-        phase = table[late[0]].phase
-        return f"the phase {phase!r} has not moved for {still:.0f} s on {rank_names(table, late)}"
+        names = rank_names(table, late) + _also_left(table, late)
+        return f"the phase {table[late[0]].phase!r} has not moved for {still:.0f} s on {names}"
 
 
 def rank_names(table: Sequence[RankStatus], ranks: Sequence[int]) -> str:
@@ -147,6 +145,12 @@ def _cut_cables(table: Sequence[RankStatus]) -> str:
             name = rank_names(table, [rank])
             pairs.append(f"{name} gets no answer from {following} at {address}")
     return " and ".join(pairs)
+
+
+def _also_left(table: Sequence[RankStatus], named: Sequence[int]) -> str:
+    """The ranks that have left and are not named yet, as the rest of a sentence."""
+    left = [rank for rank in _left(table) if rank not in named]
+    return f", and {rank_names(table, left)} has left" if left else ""
 
 
 def _left(table: Sequence[RankStatus]) -> list[int]:

@@ -63,7 +63,8 @@ def start_watchdog(world: Group, environ: Mapping[str, str] = os.environ) -> "Wa
     judge = Judge(timeout, phase_timeout_seconds(environ) or math.inf, _interval_of(timeout))
     watchdog = Watchdog(world.rank, hosts, secret, judge, world.progress, ports, following)
     watchdog.start(listener, hub)
-    atexit.register(watchdog.close)
+    # MPI's end waits for all ranks, and nobody but the watchdog can end that.
+    atexit.register(watchdog.wait_for_all if world.backend == "mpi" else watchdog.close)
     farewells.append(watchdog.close)
     sys.excepthook = leave_after(sys.excepthook, world.progress)
     return watchdog
@@ -133,6 +134,7 @@ class Watchdog:
         self._hub_died = False
         self._selector = selectors.DefaultSelector()
         self._closing = threading.Event()
+        self._has_left = self._waits_for_all = False
         self._thread = threading.Thread(target=self._run, name="comm-watchdog", daemon=True)
 
     def start(self, listener: socket.socket | None, hub: socket.socket | None) -> None:
@@ -154,31 +156,48 @@ class Watchdog:
         self._closing.set()
         self._thread.join(timeout=5)
 
+    def wait_for_all(self) -> None:
+        """Says goodbye, and returns once every rank has."""
+        self._waits_for_all = True
+        self._closing.set()
+        self._thread.join()
+
     @property
     def _peers(self) -> list[Peer]:
         return self._port.peers if self._port else []
 
     def _run(self) -> None:
         while not self._closing.is_set():
-            # Short enough for close() to return quickly; reports go out once per interval.
-            self._read(self._selector.select(timeout=min(self._interval, 0.1)))
-            if time.monotonic() - self._ticked >= self._interval:
-                self._tick()
-        self._say_goodbye()
+            self._turn()
+        self._has_left = True
+        self._say_how_it_is()
+        while self._waits_for_all and self._knows_of_others_there():
+            self._turn()
+        if self._waits_for_all:
+            self._say_how_it_is()
+            for peer in self._peers:
+                peer.channel.close()  # for a rank that has missed the last message
 
-    def _say_goodbye(self) -> None:
+    def _turn(self) -> None:
+        # Short enough for close() to return quickly; reports go out once per interval.
+        self._read(self._selector.select(timeout=min(self._interval, 0.1)))
+        if time.monotonic() - self._ticked >= self._interval:
+            self._tick()
+
+    def _knows_of_others_there(self) -> bool:
+        is_connected = self._port is not None or (self._hub is not None and self._hub.open)
+        return is_connected and not all(status.left for status in self.table)
+
+    def _say_how_it_is(self) -> None:
         self.table[self.rank] = self._own_status(time.monotonic())
-        self.table[self.rank].left = True
         table = [asdict(status) for status in self.table]
         for peer in self._peers:
             peer.channel.send({"table": table})
         if self._hub:
-            self._report(self._hub, left=True)
+            self._report(self._hub)
 
-    def _report(self, hub: Channel, left: bool = False) -> None:
-        status = self._own_status(time.monotonic())
-        status.left = left
-        hub.send({"rank": self.rank, "status": asdict(status)})
+    def _report(self, hub: Channel) -> None:
+        hub.send({"rank": self.rank, "status": asdict(self._own_status(time.monotonic()))})
 
     def _read(self, events: list[Any]) -> None:
         if self._hub and self._hub.open:
@@ -240,24 +259,26 @@ class Watchdog:
             self._end_the_silent(now)
             self._end_where_due(range(len(self.table)), elapsed)
             self._probe_where_due()
-            table = [asdict(status) for status in self.table]
-            for peer in self._peers:
-                peer.channel.send({"table": table})
-        elif self._hub and self._hub.open and not self.table[0].left:
-            self._report(self._hub)
-            if now - self._hub_heard > self.timeout_seconds:
-                self._conclude(self._silence(0, now - self._hub_heard))
-        elif self.table[0].left:
+            self._say_how_it_is()
+            return
+        is_connected = self._hub is not None and self._hub.open
+        if is_connected:
+            self._say_how_it_is()  # also to a rank 0 that has left, as it may wait for all
+        if self.table[0].left:
             # As it should; from here on this rank knows of itself only.
             self._end_where_due([self.rank], elapsed)
-        elif not self._hub_died:
+        elif is_connected and now - self._hub_heard > self.timeout_seconds:
+            self._conclude(self._silence(0, now - self._hub_heard))
+        elif not is_connected and not self._hub_died:
             self._hub_died = True
             self._conclude_later(0)
 
     def _end_the_silent(self, now: float) -> None:
         for peer in self._peers:
             silent = now - peer.heard
-            if peer.rank is not None and silent > self.timeout_seconds:
+            # One that has left reports no more. Its connection stays where MPI waits at its end for all ranks.
+            is_awaited = peer.rank is not None and not self.table[peer.rank].left
+            if is_awaited and silent > self.timeout_seconds:
                 self._conclude(self._silence(peer.rank, silent))
 
     def _own_status(self, now: float) -> RankStatus:
@@ -276,6 +297,7 @@ class Watchdog:
             idle,
             phase,
             needs_others,
+            left=self._has_left,
             lost_peer=lost_peer,
             silent_addresses=self._silent_addresses,
         )

@@ -50,6 +50,13 @@ def test_a_phase_that_moves_nowhere_is_a_hang() -> None:
     assert 0 < seconds_to_end(table, phase_timeout=20)[0] <= 22
 
 
+def test_a_phase_that_waits_for_a_rank_that_left_names_it() -> None:
+    """Catches blame for the rank that waits alone, where the backend says nothing of the one that is gone."""
+    table = [waiting(14, phase="evaluation"), RankStatus("host", 14, "end of evaluation", left=True)]
+    seconds, reason = seconds_to_end(table)
+    assert reason == f"the phase 'evaluation' has not moved for {seconds} s on rank 0 (host), and rank 1 (host) has left"
+
+
 def test_a_phase_lasts_while_one_rank_moves_or_a_person_types() -> None:
     """Catches a job ended while rank 0 alone writes for long, or nobody has typed a question yet."""
     judge = Judge(300, 600, 1.0)

@@ -42,13 +42,16 @@ SURVIVED = {
     "downloads": ("1", {"COMM_PHASE_TIMEOUT": "3", "COMM_TIMEOUT": "3"}),
     "goodbye": ("1", {}),
     "crowd": ("9", {"COMM_TIMEOUT": "3"}),
+    "end": ("1", {"COMM_TIMEOUT": "3"}),
+    "stop last": ("1", {"COMM_TIMEOUT": "3"}),
 }
 
 
 def run(name: str) -> list[RankResult]:
     if name in SURVIVED:
         victim, env = SURVIVED[name]
-        return run_ranks(WORKER, 2, args=(name, victim), timeout=60, env=env, check=False)
+        backend = "mpi" if name in ("end", "stop last") else "ring"
+        return run_ranks(WORKER, 2, backend=backend, args=(name, victim), timeout=60, env=env, check=False)
     kind, victim, carrier, _ = CASES[name]
     return run_ranks(
         WORKER, 3 if name in ("killed", "late", "cable cut") else 2,
@@ -102,6 +105,19 @@ def test_a_rank_may_leave_before_the_others(outcomes: dict[str, list[RankResult]
     leaver, other = outcomes["goodbye"][1], outcomes["goodbye"][0]
     assert leaver.returncode == other.returncode == 0, other.stderr
     assert "finished" in other.stdout and "died" not in other.stderr, other.stderr
+
+
+def test_a_rank_may_work_on_while_the_others_wait_in_mpi_s_end(outcomes: dict[str, list[RankResult]]) -> None:
+    """Catches ranks that have left but keep their connections, as MPI waits for all, being taken for silent ones."""
+    last = outcomes["end"][0]
+    assert last.returncode == 0 and "finished" in last.stdout, last.stderr
+
+
+def test_a_rank_that_stops_in_mpi_s_end_is_named(outcomes: dict[str, list[RankResult]]) -> None:
+    """Catches a job that waits for ever in the end of MPI, whose ranks have all said goodbye but one."""
+    first = outcomes["stop last"][0]
+    assert first.returncode == 1 and "finished" in first.stdout, first.stderr
+    assert f"rank 1 ({socket.gethostname()}) has not answered for 3 s" in first.stderr, first.stderr
 
 
 def test_garbage_on_the_heartbeat_port_is_dropped_and_logged(

@@ -42,11 +42,12 @@ class Desk:
     Args:
         count: How many.
         cables: A cable from each machine to the next, and from the last to the first where there are three or more.
+        name: Differs between desks that one process has at the same time.
     """
 
-    def __init__(self, count: int, cables: bool = False):
-        self.names = [f"d{os.getpid()}-{index}" for index in range(count)]
-        self.hub = f"d{os.getpid()}-hub"
+    def __init__(self, count: int, cables: bool = False, name: str = ""):
+        self.names = [f"d{os.getpid()}{name}-{index}" for index in range(count)]
+        self.hub = f"d{os.getpid()}{name}-hub"
         self.folder = Path(tempfile.mkdtemp(prefix="desk-"))
         self.cables = [(i, (i + 1) % count) for i in range(count if count > 2 else count - 1)] if cables else []
         self._started: list[subprocess.Popen[Any]] = []

@@ -53,8 +53,8 @@ if group.rank == victim:
         sys.exit(0)
     elif kind == "raise":
         raise RuntimeError("the victim's own error")
-    elif kind == "goodbye":
-        comm.leave(0)
+    elif kind in ("goodbye", "end"):
+        comm.leave(0) if kind == "goodbye" else sys.exit(0)
     elif kind == "late":
         time.sleep(1000)
     elif kind == "phase":
@@ -72,6 +72,12 @@ if group.rank == victim:
             downloading = threading.Thread(target=download, args=(8.0,))
             downloading.start()
             downloading.join()
+if kind == "end":
+    with group.progress.long_phase("saving"):
+        for _ in group.progress.reporting(range(8)):
+            time.sleep(1)
+    print("finished", flush=True)
+    sys.exit(0)
 if kind == "goodbye":
     time.sleep(6)  # longer than the grace of a death
     print("finished", flush=True)
@@ -101,3 +107,5 @@ for _ in range(3):
     mx.eval(group.all_sum(mx.ones((100_000,))))
 group.barrier()
 print("finished", flush=True)
+if kind == "stop last" and group.rank == victim:
+    os.kill(os.getpid(), signal.SIGSTOP)
