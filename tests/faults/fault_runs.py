@@ -20,8 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "desk")]
 
-from machines import Desk, why_not  # noqa: E402
-from ranks import MORTAL  # noqa: E402
+from machines import Desk, why_not
+from ranks import MORTAL
 
 WORKER = Path(__file__).parent / "workers" / "life.py"
 TIMEOUT_SECONDS = 6.0
