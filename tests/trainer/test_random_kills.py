@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
 from ranks import MORTAL, ROOT, slowness
 from tiny_recipes import tiny_recipe, write_rows
-
 from trainer.metrics import read_rows
 from trainer.recipe import to_yaml
 
