@@ -7,6 +7,7 @@ for the fixture of that name, and parameters with the mark of that name.
 
 import os
 import platform
+import re
 import signal
 import sys
 from pathlib import Path
@@ -31,6 +32,13 @@ if platform.machine() == "x86_64":
 load_fast_blas()
 
 
+# What starts processes: names in a test's module, and fixtures.
+STARTERS = {
+    "run_ranks", "run_apart", "slowness", "subprocess", "Desk",
+    "launched", "checks", "ring_of_two", "mpi_of_two", "mpi_of_four", "ring_of_four",
+}  # fmt: skip
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """The option for everything, or for a part of what is not run by default."""
     words = "also run the widest launches of real processes; with a value such as 2/5 only these, the second part of five"
@@ -40,10 +48,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Makes the mark known."""
     config.addinivalue_line("markers", "exhaustive: a parameter that runs with --exhaustive only")
+    config.addinivalue_line("markers", "ranks: starts processes; -m 'not ranks' leaves the fast ones")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keeps one part of the exhaustive tests where one is wanted."""
+    """Marks the tests that start processes; keeps one part of the exhaustive tests where one is wanted."""
+    for item in items:
+        if STARTERS & {*vars(item.module), *item.fixturenames, *re.split(r"\W", item.name)}:
+            item.add_marker("ranks")
     shard = config.getoption("--exhaustive")
     wide = [item for item in items if "exhaustive" in item.fixturenames or item.get_closest_marker("exhaustive")]
     if not shard:

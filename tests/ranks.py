@@ -68,7 +68,7 @@ def run_ranks(
         left_behind: Ranks that are killed once all others have ended.
     """
     assert backend in ("ring", "mpi"), f"no way to start {backend!r} ranks"
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as held:
         if "\n" in str(script):
             source = Path(folder, "worker.py")
             source.write_text(str(script))
@@ -78,7 +78,7 @@ def run_ranks(
         limit = timeout * slowness()
         processes: list[subprocess.Popen] = []
         try:
-            for process in start(command, num_ranks, folder, {**_environment(), **(env or {})}):
+            for process in start(command, num_ranks, folder, {**_environment(), **(env or {})}, held):
                 processes.append(process)
             awaited = [p for rank, p in enumerate(processes) if rank not in left_behind]
             timed_out = _wait(awaited, limit, stop_early=check)
@@ -141,23 +141,23 @@ def _environment() -> dict[str, str]:
 
 
 def _start_ring(
-    command: list[str], num_ranks: int, folder: str, env: dict[str, str]
+    command: list[str], num_ranks: int, folder: str, env: dict[str, str], held: ExitStack
 ) -> Iterator[subprocess.Popen]:
-    with ExitStack() as held:
-        reserved = [held.enter_context(one) for one in reserve_ports(num_ranks)]
-        hosts = [[f"127.0.0.1:{one.getsockname()[1]}"] for one in reserved]
-        hostfile = Path(folder, "hosts.json")
-        hostfile.write_text(json.dumps(hosts))
-        for rank in range(num_ranks):
-            out = held.enter_context(open(Path(folder, f"{rank}.out"), "wb"))
-            err = held.enter_context(open(Path(folder, f"{rank}.err"), "wb"))
-            rank_env = {**env, "MLX_RANK": str(rank), "MLX_HOSTFILE": str(hostfile)}
-            full = [*MORTAL, str(os.getpid()), *command]
-            yield subprocess.Popen(full, env=rank_env, stdout=out, stderr=err)
+    # Until the ranks have ended, as nobody else may have a port before MLX has it.
+    reserved = [held.enter_context(one) for one in reserve_ports(num_ranks)]
+    hosts = [[f"127.0.0.1:{one.getsockname()[1]}"] for one in reserved]
+    hostfile = Path(folder, "hosts.json")
+    hostfile.write_text(json.dumps(hosts))
+    for rank in range(num_ranks):
+        out = held.enter_context(open(Path(folder, f"{rank}.out"), "wb"))
+        err = held.enter_context(open(Path(folder, f"{rank}.err"), "wb"))
+        rank_env = {**env, "MLX_RANK": str(rank), "MLX_HOSTFILE": str(hostfile)}
+        full = [*MORTAL, str(os.getpid()), *command]
+        yield subprocess.Popen(full, env=rank_env, stdout=out, stderr=err)
 
 
 def _start_mpi(
-    command: list[str], num_ranks: int, folder: str, env: dict[str, str]
+    command: list[str], num_ranks: int, folder: str, env: dict[str, str], held: ExitStack
 ) -> Iterator[subprocess.Popen]:
     mpirun = Path(sys.executable).parent / "mpirun"
     mpirun = str(mpirun) if mpirun.exists() else shutil.which("mpirun")
