@@ -18,8 +18,8 @@ import pytest
 
 from ranks import MORTAL, ROOT, slowness
 from tiny_recipes import tiny_recipe, write_rows
-from trainer.metrics import read_rows
-from trainer.recipe import to_yaml
+from trainer.metrics.rows import read_rows
+from trainer.recipe.load import to_yaml
 
 PARTS, KILLS_PER_PART = 20, 10
 ALONE = range(16, 20)  # parts without a launcher
