@@ -101,7 +101,20 @@ def _connect_all_ranks(backend: str) -> mx.distributed.Group:
     with environment(**_mpi_library(backend)):
         if not mx.distributed.is_available(name):
             raise ValueError(f"This build of MLX has no {backend} backend.")
-        return mx.distributed.init(strict=True, backend=name)
+        try:
+            return mx.distributed.init(strict=True, backend=name)
+        except RuntimeError as error:
+            if backend != "ring" or "Couldn't connect" not in str(error):
+                raise
+            raise ConnectionError(_unreached(os.environ, str(error))) from None
+
+
+def _unreached(environ: Mapping[str, str], reason: str) -> str:
+    """Between which two ranks of a ring there is no connection; MLX says only that there is none."""
+    hosts, rank = ring_hosts(environ), int(environ["MLX_RANK"])
+    following = (rank + 1) % len(hosts)
+    addresses = " or ".join(hosts[following])
+    return f"rank {rank} does not reach rank {following} at {addresses}: {reason}. Is the cable in, and the host file right?"
 
 
 def _launched_size(backend: str, environ: Mapping[str, str]) -> int | None:

@@ -1,9 +1,12 @@
 """The parts of `--exhaustive`: each test in exactly one, and about as many in each."""
 
 import argparse
+import os
+import re
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -27,16 +30,34 @@ def test_parts_are_even_and_keep_neighbours_together() -> None:
     assert max(Counter(parts_of(files, 5)).values()) - min(Counter(parts_of(files, 5)).values()) <= 5
 
 
-def test_a_part_holds_no_default_test_and_a_wrong_one_is_a_usage_error() -> None:
+TESTS = """
+import pytest
+
+def test_default(): pass
+
+def test_wide(exhaustive): pass
+
+@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
+def test_sizes(size): pass
+"""
+
+
+def test_a_part_holds_no_default_test_and_a_wrong_one_is_a_usage_error(tmp_path: Path) -> None:
     """Catches default tests that run in every part, and a mistyped part that runs nothing and succeeds."""
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "tests/desk/test_desk.py"]
-    bare, part, wrong = (
-        subprocess.run([*command, option], cwd=ROOT, capture_output=True, text=True)
-        for option in ("--exhaustive", "--exhaustive=1/1", "--exhaustive=3/2")
-    )
-    collected = [[line for line in one.stdout.splitlines() if "::" in line] for one in (bare, part)]
-    wide = "tests/desk/test_desk.py::test_a_cable_that_is_pulled_out"
-    default = "tests/desk/test_desk.py::test_a_machine_that_vanishes"
-    assert {wide, default} <= set(collected[0]), bare.stdout
-    assert wide in collected[1] and default not in collected[1], part.stdout
-    assert wrong.returncode == pytest.ExitCode.USAGE_ERROR and "'3/2' is not PART/PARTS" in wrong.stderr, wrong.stderr
+    (tmp_path / "test_some.py").write_text(TESTS)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    command = [sys.executable, "-m", "pytest", "-p", "conftest", "-v", "-p", "no:cacheprovider", "test_some.py"]
+
+    def run(*options: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, *options], cwd=tmp_path, env=env, capture_output=True, text=True)
+
+    ways = {
+        "bare": run("--exhaustive"),
+        "second": run("--exhaustive=2/2"),
+        "wrong": run("--exhaustive=3/2"),
+    }
+    ran = {way: re.findall(r"::(\S+) PASSED", done.stdout) for way, done in ways.items()}
+    assert ran["bare"] == ["test_default", "test_wide", "test_sizes[1]", "test_sizes[2]"], ways["bare"].stdout
+    assert ran["second"] == ["test_sizes[2]"], ways["second"].stdout
+    assert ways["wrong"].returncode == pytest.ExitCode.USAGE_ERROR
+    assert "'3/2' is not PART/PARTS" in ways["wrong"].stderr, ways["wrong"].stderr

@@ -9,6 +9,7 @@ import pytest
 from mlx._distributed_utils.common import Hostfile
 
 import comm
+from comm import backend
 from comm.__main__ import main as command_line
 from comm.capabilities import missing_variables
 from comm.environment import ring_hosts
@@ -196,6 +197,21 @@ def test_a_damaged_ring_hostfile(tmp_path: Path, content: str, rank: str, words:
     path.write_text(content)
     with pytest.raises(ValueError, match=words):
         ring_hosts({"MLX_HOSTFILE": str(path), "MLX_RANK": rank})
+
+
+def test_a_cable_that_is_missing_from_the_start_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches MLX's "Couldn't connect", in which neither the ranks nor the address are."""
+
+    def init(**_: Any) -> None:
+        raise RuntimeError("[ring] Couldn't connect (error: 101)")
+
+    (tmp_path / "hosts.json").write_text(json.dumps([["10.0.0.1:1"], ["10.0.0.2:2"], ["10.0.0.3:3", "10.0.1.3:4"]]))
+    monkeypatch.setattr(backend.mx.distributed, "init", init)
+    monkeypatch.setenv("MLX_HOSTFILE", str(tmp_path / "hosts.json"))
+    monkeypatch.setenv("MLX_RANK", "1")
+    monkeypatch.setenv("COMM_TIMEOUT", "0")
+    with pytest.raises(ConnectionError, match="rank 1 does not reach rank 2 at 10.0.0.3:3 or 10.0.1.3:4: .*error: 101"):
+        comm.init("ring")
 
 
 def test_an_empty_ring_hostfile_means_one_rank(tmp_path: Path) -> None:

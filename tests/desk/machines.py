@@ -153,7 +153,8 @@ class Desk:
 
     def _wait_for(self, address: str) -> None:
         deadline = time.monotonic() + 60 * slowness()
-        while subprocess.run(["ip", "netns", "exec", self.hub, *self.ssh.split(), address, "true"]).returncode:
+        command = ["ip", "netns", "exec", self.hub, *self.ssh.split(), address, "true"]
+        while subprocess.run(command, stderr=subprocess.DEVNULL).returncode:
             assert time.monotonic() < deadline, f"no ssh server answers on {address}"
             time.sleep(0.1)
 

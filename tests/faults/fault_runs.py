@@ -87,7 +87,7 @@ class Outcome:
             found.append(f"took {self.seconds:.1f} s of {case.bound_seconds:.0f}")
         if self.code == 0 and not case.may_succeed:
             found.append("exit code 0")
-        if self.code and not self.names_rank:
+        if self.code and not self.names_rank and not case.may_succeed:
             found.append("does not name the rank")
         if self.num_left:
             found.append(f"{self.num_left} processes left")

@@ -1,7 +1,7 @@
 """The table of faults: what happens to a job when one of its ranks meets one, in every phase of its life.
 
-    python tests/faults/table.py                                 # two ranks here, on ring and on MPI: about 25 minutes
-    python tests/faults/table.py --place "desk of 3" --fault cut --phase collective --rank 1
+`python tests/faults/table.py` runs two ranks here, on ring and on MPI (20 minutes on two cores), and
+`python tests/faults/table.py --place "desk of 3" --fault cut --phase collective --rank 1` a single case.
 """
 
 import argparse
