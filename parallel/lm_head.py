@@ -1,18 +1,17 @@
 """Hidden states and output head of a language model, apart, so that a loss need never build all logits.
 
 Letters: B rows, L tokens, D hidden dims, V vocabulary. An mlx-lm text model is `head(norm(layers(embed(x))))`;
-the table below says what else an architecture does to its logits. Where the pieces are not known, the whole
+the table of architectures says what else is done to the logits. Where the pieces are not known, the whole
 model is run and the head is the identity: right, but with all logits in memory.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 import comm
+from parallel.architectures import ARCHITECTURES
 from parallel.wrapper import parallel_state
 
 
@@ -51,46 +50,16 @@ class Head:
         return logits
 
 
-def _plain(args: Any) -> dict[str, Any]:
-    return {}
-
-
-def _softcapped(args: Any) -> dict[str, Any]:
-    return {"softcap": args.final_logit_softcapping}
-
-
-def _scaled(args: Any) -> dict[str, Any]:
-    return {"scale": args.logit_scale}
-
-
-def _divided(args: Any) -> dict[str, Any]:
-    return {"scale": 1.0 / args.logits_scaling}
-
-
-# model_type of the text model -> what its logits undergo after the projection. Read from mlx-lm 0.32.2.
-LOGIT_RULES: dict[str, Callable[[Any], dict[str, Any]]] = {
-    **dict.fromkeys(
-        ("llama", "mistral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_next", "qwen3_5", "qwen3_5_text")
-        + ("qwen3_5_moe", "qwen3_5_moe_text", "gemma", "gemma3_text", "phi3", "olmo2", "mixtral", "smollm3"),
-        _plain,
-    ),
-    "gemma2": _softcapped,
-    "cohere": _scaled,
-    "cohere2": _scaled,
-    "granite": _divided,
-}
-
-
 def text_model(model: nn.Module) -> nn.Module:
     """The language part of an mlx-lm model: `model.language_model` where it has one, else `model` itself."""
     return getattr(model, "language_model", model)
 
 
 def output_head(model: nn.Module) -> Head | None:
-    """The head of an mlx-lm model, or None when its architecture is not in `LOGIT_RULES`."""
+    """The head of an mlx-lm model, or None where the table of architectures does not know its logits."""
     text = text_model(model)
-    rule = LOGIT_RULES.get(getattr(text, "model_type", None))
-    if rule is None:
+    row = ARCHITECTURES.get(getattr(text, "model_type", ""))
+    if row is None or row.logits is None:
         return None
     args = text.args
     tied = getattr(text, "tie_word_embeddings", getattr(args, "tie_word_embeddings", False)) or "lm_head" not in text
@@ -98,7 +67,7 @@ def output_head(model: nn.Module) -> Head | None:
     # Left by TensorParallel where it divides the vocabulary.
     part = getattr(module, "vocabulary", None)
     sharding = {} if part is None else {"group": part.group, "first": part.first}
-    return Head(module, tied=tied, **rule(args), **sharding)
+    return Head(module, tied=tied, **row.logits(args), **sharding)
 
 
 def hidden_and_head(model: nn.Module, tokens: mx.array, segments: mx.array | None = None) -> tuple[mx.array, Head]:

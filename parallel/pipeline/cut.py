@@ -9,12 +9,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from parallel.architectures import ARCHITECTURES
 from parallel.extension import extend
 from parallel.lm_head import output_head, text_model
 from parallel.pipeline.stage import LeftStage, Passage
-
-# Text models whose stages are proven equal to the whole model.
-STAGED = ("gemma3", "llama", "mistral", "phi3", "qwen2", "qwen3", "qwen3_5", "qwen3_5_moe", "qwen3_moe")
 
 
 class StageCore(nn.Module):
@@ -86,9 +84,9 @@ def check_stages(model: nn.Module) -> None:
     """
     model_type = getattr(text_model(model), "model_type", None)
     core = getattr(text_model(model), "model", None)
-    known = {*STAGED, *(f"{name}_text" for name in STAGED)}
+    known = {name for name, row in ARCHITECTURES.items() if row.staged}
     if model_type not in known or output_head(model) is None or core is None:
-        possible = ", ".join(sorted(STAGED))
+        possible = ", ".join(sorted(name for name in known if not name.endswith("_text")))
         raise ValueError(f"PipelineParallel cannot cut model_type {model_type!r}; it can cut {possible}.")
 
 

@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from parallel.architectures import PLANS, BlockPlan, Cut, ModelPlan
+from parallel.architectures import ARCHITECTURES, BlockPlan, Cut, ModelPlan
 from parallel.layout import Segment
 from parallel.tensor.linear import linear_dims
 
@@ -63,12 +63,13 @@ def plan_for(model: nn.Module) -> ModelPlan:
         ValueError: there is none.
     """
     model_type = getattr(model, "model_type", None)
-    if model_type not in PLANS:
+    plans = {name: row.tensor for name, row in ARCHITECTURES.items() if row.tensor}
+    if model_type not in plans:
         raise ValueError(
             f"No tensor-parallel plan for model_type {model_type!r}; there are plans for "
-            f"{', '.join(sorted(PLANS))}. Pass plan=ModelPlan(...), or divide its linears with shard_linear."
+            f"{', '.join(sorted(plans))}. Pass plan=ModelPlan(...), or divide its linears with shard_linear."
         )
-    return PLANS[model_type]
+    return plans[model_type]
 
 
 def find_blocks(model: nn.Module, plan: ModelPlan) -> list[BlockSite]:

@@ -15,9 +15,10 @@ FLOORS: dict[str, tuple[str, ...]] = {
     "comm/launcher": ("comm",),
     "comm/tools": ("comm", "comm/launcher"),
     "comm/__main__": ("comm", "comm/launcher", "comm/tools"),
-    "parallel": ("comm",),
-    "parallel/tensor": ("comm", "parallel"),
-    "parallel/pipeline": ("comm", "parallel"),
+    "parallel/architectures": (),
+    "parallel": ("comm", "parallel/architectures"),
+    "parallel/tensor": ("comm", "parallel", "parallel/architectures"),
+    "parallel/pipeline": ("comm", "parallel", "parallel/architectures"),
     "parallel/fsdp": ("comm", "parallel"),
     "parallel/__init__": ("parallel", "parallel/tensor", "parallel/pipeline", "parallel/fsdp"),
 }

@@ -16,7 +16,7 @@ from tensor_models import add_adapters, make_model, prepare, randomize_adapters
 
 import comm
 from parallel import DataParallel, TensorParallel, gather_tensors, model_layout, shard_linear
-from parallel.architectures import PLANS, BlockPlan, ModelPlan, rows
+from parallel.architectures import ARCHITECTURES, BlockPlan, ModelPlan, rows
 from trainer.data import build_tokenizer
 from trainer.model.lora import DropoutKeys, LoRASpec, attach, find_targets
 
@@ -209,7 +209,7 @@ def wrapper_behaviour(group: comm.Group) -> dict[str, Any]:
 
 def wrong_plan(group: comm.Group) -> dict[str, Any]:
     """A plan that forgets the sum after the MLP: the comparison must see it."""
-    right = PLANS["qwen3"]
+    right = ARCHITECTURES["qwen3"].tensor
     mlp = next(block for block in right.blocks if block.marker == "gate_proj")
     cuts = {**mlp.cuts, "down_proj": rows(leaves=False)}
     wrong = ModelPlan((right.blocks[0], BlockPlan(name="mlp", marker="gate_proj", cuts=cuts)))

@@ -9,7 +9,7 @@ from mlx.utils import tree_flatten
 from tensor_models import ARCHITECTURES, DIVIDED_BY_LAYER_ONLY, make_model, prepare
 
 from parallel import TensorParallel, shard_linear
-from parallel.architectures import PLANS, ModelPlan
+from parallel.architectures import ModelPlan
 from parallel.layout import ParameterLayout, Segment, Split
 from parallel.tensor.resolve import check_plan, find_blocks, plan_for
 from parallel.tensor.slicing import as_segments
@@ -72,7 +72,7 @@ def test_packed_weights_keep_their_groups() -> None:
 
 def test_uncovered_parameter_is_refused() -> None:
     """Catches a plan that leaves a parameter's gradient partial because nobody thought of it."""
-    attention, *others = PLANS["qwen3"].blocks
+    attention, *others = plan_for(make_model("qwen3")).blocks
     plan = ModelPlan((replace(attention, whole=("q_norm",)), *others))
     with pytest.raises(ValueError, match="says nothing about model.layers.0.self_attn.k_norm.weight"):
         check_plan(make_model("qwen3"), plan, 2)
