@@ -8,6 +8,7 @@ from parallel.own_comm import init  # first: it says so where another package hi
 # isort: split
 from parallel.api import Batch, Span, Step, StepTimes, evaluate, value_and_grad
 from parallel.data_parallel import DataParallel
+from parallel.extension import overridden_class
 from parallel.fsdp import FullyShardedDataParallel
 from parallel.layout import ParameterLayout, gather_tensors, model_layout, slice_tensors
 from parallel.lm_head import Head, hidden_and_head
@@ -39,6 +40,7 @@ __all__ = [
     "hidden_and_head",
     "init",
     "model_layout",
+    "overridden_class",
     "parallel_state",
     "shard_linear",
     "slice_tensors",

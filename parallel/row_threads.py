@@ -19,6 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
+from parallel.extension import overridden_class
 from parallel.sums import add_sums
 
 # Fewer make matrix products slower, more leave the caches (two cores, 8 layers of 384 dims).
@@ -166,7 +167,7 @@ def _noted_outputs(layers: Sequence[nn.Module]) -> Iterator[list[Any]]:
     outputs: list[Any] = []
     classes = [type(layer) for layer in layers]
     for layer, cls in zip(layers, classes):
-        layer.__class__ = type(cls.__name__, (cls,), {"__call__": _noting(cls.__call__, outputs)})
+        layer.__class__ = overridden_class(cls, {"__call__": _noting(cls.__call__, outputs)})
     try:
         yield outputs
     finally:

@@ -16,6 +16,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 
 import comm
+from parallel.extension import extend, take_back
 from parallel.phases import Phases
 
 # Axes whose wrappers send messages, or evaluate, inside the forward and backward pass.
@@ -95,8 +96,7 @@ class Wrapper:
             raise TypeError(f"{cls.__name__} wraps an mlx.nn.Module, got {type(module).__name__}.")
         if isinstance(module, cls):
             raise ValueError(f"This {type(module).__name__} is already wrapped in {cls.__name__}.")
-        base = type(module)
-        module.__class__ = type(f"{cls.__name__}{base.__name__}", (cls, base), {"__module__": base.__module__})
+        extend(module, cls, f"{cls.__name__}{type(module).__name__}")
         return module
 
     def join(self, axis: str, group: comm.Group | None) -> comm.Group:
@@ -119,7 +119,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     Weights that a wrapper split (TensorParallel, FullyShardedDataParallel) stay split.
     """
     while isinstance(model, Wrapper):
-        model.__class__ = type(model).__bases__[1]
+        take_back(model)
     if hasattr(model, "parallel_state"):
         del model.parallel_state
     return model

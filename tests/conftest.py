@@ -9,8 +9,6 @@ import os
 import platform
 import re
 import signal
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -19,7 +17,6 @@ from trainer.machine.blas import load_fast_blas
 # What a shell puts into the background ignores SIGINT, and so would every process that a test starts and interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-sys.path.insert(0, str(Path(__file__).parent))
 from sharding import parts_of, shard_of
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

@@ -45,7 +45,7 @@ def test_sizes(size): pass
 def test_a_part_holds_no_default_test_and_a_wrong_one_is_a_usage_error(tmp_path: Path) -> None:
     """Catches default tests that run in every part, and a mistyped part that runs nothing and succeeds."""
     (tmp_path / "test_some.py").write_text(TESTS)
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "helpers")))}
     command = [sys.executable, "-m", "pytest", "-p", "conftest", "-v", "-p", "no:cacheprovider", "test_some.py"]
 
     def run(*options: str) -> subprocess.CompletedProcess[str]:

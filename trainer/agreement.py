@@ -18,6 +18,7 @@ from trainer import __version__
 from trainer.recipe.problems import USER_ERRORS, AgreedSystemError, AgreedUserError, sentence
 
 Result = TypeVar("Result")
+Notice = Callable[[str], None]  # gets one line that the user should know
 EXPECTED = (ValueError, OSError)
 
 

@@ -3,8 +3,6 @@
 LoRA, DoRA and full fine-tuning, packing, checkpointed layers and the mesh differ here and nowhere else.
 """
 
-import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
@@ -25,7 +23,7 @@ from parallel import (
     value_and_grad,
 )
 from parallel.tensor import check_plan, plan_for
-from trainer.agreement import together
+from trainer.agreement import Notice, together
 from trainer.data import (
     PlannedBatch,
     Splits,
@@ -36,6 +34,7 @@ from trainer.data import (
     plan_epoch,
     plan_packed,
 )
+from trainer.files.storage import digest_of
 from trainer.layers.checkpointing import checkpoint_layers
 from trainer.layers.segments import packing_supported
 from trainer.machine.facts import row_threads
@@ -57,8 +56,6 @@ from trainer.training.batches import Share, TrainingBatches
 from trainer.training.evaluation import Evaluator
 from trainer.training.loss import TokenLoss
 from trainer.training.optim import Optimizer
-
-Notice = Callable[[str], None]
 
 
 @dataclass
@@ -178,9 +175,9 @@ class Parts:
         """What must be the same for a checkpoint to be continued, by the recipe key that a user would change."""
         data = self.recipe.data
         return {
-            "model": _digest(self.base.config),
+            "model": digest_of(self.base.config),
             "method": self.recipe.method,
-            "lora": _digest(asdict(self.adapter)) if self.adapter else None,
+            "lora": digest_of(asdict(self.adapter)) if self.adapter else None,
             "data": self.splits.train.digest,
             "data.order": [data.shuffle, data.group_by_length, data.max_seq_len, self.loss.packed],
             "seed": self.recipe.seed,
@@ -191,9 +188,9 @@ class Parts:
     def digests(self) -> dict[str, str]:
         """What must be equal on all ranks, for `agreement.require_same`."""
         return {
-            "recipe": _digest(asdict(replace(self.recipe, output_dir=""))),
-            "model config": _digest(self.base.config),
-            "tokenizer": _digest(sorted(self.tokenizer.get_vocab().items())),
+            "recipe": digest_of(asdict(replace(self.recipe, output_dir=""))),
+            "model config": digest_of(self.base.config),
+            "tokenizer": digest_of(sorted(self.tokenizer.get_vocab().items())),
             "training data": self.splits.train.digest,
             "validation data": self.splits.valid.digest if self.splits.valid else "none",
         }
@@ -300,10 +297,6 @@ def decide_packing(recipe: Recipe, model: nn.Module, rows: TokenizedRows, size: 
     if reason:
         notice(f"packing is off: {reason}")
     return reason is None
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _wire_dtype(parallel: ParallelConfig) -> mx.Dtype | None:

@@ -15,6 +15,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
 
 import comm
+from parallel.extension import class_before, extend
 from parallel.fsdp.resharding import ReshardedLeaf, resharded_class
 from parallel.fsdp.shards import gather_messages, gathered_with_gradient, joined
 from parallel.layout import Segment, Split, model_layout, record_split, split_records
@@ -68,8 +69,7 @@ class FullyShardedDataParallel(Wrapper):
             _shard_arrays(unit, group)
             unit.sharding_unit = Unit(path, group, state.phases, reshard_after_forward, wire_dtype)
             _extend_leaves(unit)
-            name = f"FullySharded{type(unit).__name__}"
-            unit.__class__ = type(name, (ShardedUnit, type(unit)), {"__module__": __name__})
+            extend(unit, ShardedUnit, f"FullySharded{type(unit).__name__}")
         state.loss_groups.append(group)
         state.reducers.append(self._sum_replicated)
 
@@ -241,7 +241,7 @@ def _slots(unit: nn.Module, group: comm.Group) -> dict[str, tuple[nn.Module, str
 
 def _copy(module: nn.Module) -> nn.Module:
     """A copy of a module tree that shares the arrays, without the mixin of units."""
-    base = type(module).__bases__[1] if isinstance(module, ShardedUnit) else type(module)
+    base = class_before(type(module), ShardedUnit)
     copy = base.__new__(base)
     dict.update(copy, {name: _copy(value) if isinstance(value, nn.Module) else value for name, value in module.items()})
     copy.__dict__.update(module.__dict__)

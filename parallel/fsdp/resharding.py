@@ -11,6 +11,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from parallel.extension import extended_class
+
 
 class ReshardedLeaf(nn.Module):
     """A linear layer (plain, quantized, of experts, or a convolution); mixed in below what tensor parallelism adds.
@@ -59,8 +61,6 @@ class ReshardedLeaf(nn.Module):
 @cache
 def resharded_class(cls: type) -> type:
     """`cls` with `ReshardedLeaf` in front of the layer's own class, behind the mixins of tensor parallelism."""
-    mixins = cls.__bases__[:-1]
-    if mixins and "__call__" not in vars(cls):
-        base = resharded_class(cls.__bases__[-1])
-        return type(cls.__name__, (*mixins, base), {"__module__": cls.__module__})
-    return type(cls.__name__, (ReshardedLeaf, cls), {"__module__": cls.__module__})
+    if base := vars(cls).get("extended_from"):
+        return extended_class(vars(cls)["extended_by"], resharded_class(base), cls.__name__)
+    return extended_class(ReshardedLeaf, cls, cls.__name__)

@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from parallel.extension import extend
 from parallel.lm_head import output_head, text_model
 from parallel.pipeline.stage import LeftStage, Passage
 
@@ -116,5 +117,5 @@ def cut_model(model: nn.Module, own: range, num_layers: int) -> Passage:
         if "lm_head" in text:
             del text["lm_head"]
     core.passage = passage
-    core.__class__ = type(f"Stage{type(core).__name__}", (StageCore, type(core)), {"__module__": __name__})
+    extend(core, StageCore, f"Stage{type(core).__name__}")
     return passage

@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 
 import comm
 from parallel.api import Batch, LossFn
+from parallel.extension import take_back
 from parallel.lm_head import output_head, text_model
 from parallel.pipeline.caches import own_caches
 from parallel.pipeline.cut import check_stages, cut_model
@@ -65,7 +66,7 @@ class PipelineParallel(Wrapper):
             counts = choose_split(self, split, group, peers)
         except ValueError:
             # Nothing is cut yet: leave the module as it was given.
-            self.__class__ = type(self).__bases__[1]
+            take_back(self)
             raise
         self.join("pp", group)
         state = self.parallel_state

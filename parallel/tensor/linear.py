@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 import comm
+from parallel.extension import class_before, extended_class
 from parallel.layout import Segment, Split, record_split, split_records
 from parallel.tensor.replicated import Slot, copied_to_group
 from parallel.tensor.slicing import (
@@ -21,7 +22,6 @@ from parallel.tensor.slicing import (
     as_segments,
     copy_tree,
     dense_weight,
-    extended_class,
     remember_whole,
     slice_array,
     without_bias,
@@ -244,5 +244,4 @@ def _shard_adapter(layer: nn.Module, sharding: Sharding) -> None:
 
 def extend_class(linear: nn.Module, mixin: type) -> None:
     """Make `linear` an instance of `mixin` too; a sliced linear changes from one mixin to another."""
-    base = type(linear).__bases__[1] if isinstance(linear, SlicedLinear) else type(linear)
-    linear.__class__ = extended_class(mixin, base)
+    linear.__class__ = extended_class(mixin, class_before(type(linear), SlicedLinear))

@@ -3,9 +3,7 @@
 What `linear.py` and `vocab.py` are made of; nothing here communicates.
 """
 
-import re
 from collections.abc import Sequence
-from functools import cache
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -108,13 +106,6 @@ def copy_tree(module: nn.Module) -> nn.Module:
         if isinstance(value, nn.Module):
             copy[name] = copy_tree(value)
     return copy
-
-
-@cache
-def extended_class(mixin: type, base: type) -> type:
-    """The class of a `base` that is a `mixin` first; the same class every time."""
-    prefix = re.sub("(Linear|Embedding|Block|Module)$", "", mixin.__name__)
-    return type(prefix + base.__name__, (mixin, base), {"__module__": base.__module__})
 
 
 class SlicedDropout(nn.Module):

@@ -12,11 +12,12 @@ from mlx.utils import tree_flatten
 
 import comm
 from parallel.architectures import ModelPlan
+from parallel.extension import extend, take_back
 from parallel.layout import Segment, split_records
 from parallel.tensor.linear import Sharding, SlicedLinear, linear_dims, partial_slots, shard_in_place
 from parallel.tensor.replicated import Slot, copied_to_group
 from parallel.tensor.resolve import BlockSite, check_plan, child_at, find_blocks, find_named, plan_for
-from parallel.tensor.slicing import SlicedModule, extended_class, remember_whole, slice_array
+from parallel.tensor.slicing import SlicedModule, remember_whole, slice_array
 from parallel.tensor.vocab import shard_embedding, shard_head
 from parallel.wrapper import Wrapper
 
@@ -49,7 +50,7 @@ class TensorParallel(Wrapper):
             check_plan(self, plan, group.size)
         except ValueError:
             # Nothing is divided yet: leave the module as it was given.
-            self.__class__ = type(self).__bases__[1]
+            take_back(self)
             raise
         self.join("tp", group)
         for site in find_blocks(self, plan):
@@ -143,14 +144,14 @@ def _shard_block(site: BlockSite, group: comm.Group) -> None:
         *owner_path, name = attribute.split(".")
         setattr(child_at(block, owner_path[0]) if owner_path else block, name, sizes[path])
     block.split_region = region
-    block.__class__ = extended_class(ShardedBlock, type(block))
+    extend(block, ShardedBlock)
 
 
 def _slice_module(module: nn.Module, segments: tuple[Segment, ...], group: comm.Group) -> None:
     remember_whole(module, group)
     for name in list(module):
         slice_array(module, name, 0, segments, group)
-    module.__class__ = extended_class(SlicedModule, type(module))
+    extend(module, SlicedModule)
 
 
 def _local_count(site: BlockSite, units: str, size: int) -> tuple[int, int]:

@@ -12,9 +12,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 import comm
+from parallel.extension import extend
 from parallel.layout import Segment
 from parallel.tensor.linear import AllToShardedLinear, Sharding, extend_class, linear_dims, shard_in_place
-from parallel.tensor.slicing import SlicedModule, extended_class, remember_whole, slice_array
+from parallel.tensor.slicing import SlicedModule, remember_whole, slice_array
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def shard_embedding(embedding: nn.Module, group: comm.Group) -> None:
     for name in [name for name in ("weight", "scales", "biases") if name in embedding]:
         slice_array(embedding, name, 0, (Segment(num_embeddings),), group)
     embedding.vocabulary = _slice_of(num_embeddings, group)
-    embedding.__class__ = extended_class(VocabularyEmbedding, type(embedding))
+    extend(embedding, VocabularyEmbedding)
 
 
 def shard_head(head: nn.Module, group: comm.Group) -> None:

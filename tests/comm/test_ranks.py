@@ -51,7 +51,7 @@ def wait_for(condition: Callable[[], bool], what: str) -> None:
 def test_ranks_end_with_the_process_that_started_them(tmp_path: Path, number: int, backend: str) -> None:
     """Catches workers that an interrupted test run leaves behind, on cores that the next one needs."""
     command = [sys.executable, "-c", CALLER, str(tmp_path), backend]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers")])}
     with subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL) as caller:
         try:
             wait_for(lambda: len(sleepers(tmp_path)) == 2, "the ranks to start")

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-
 from machines import Desk, why_not
+
 from ranks import slowness
 from trainer.metrics.rows import read_rows
 

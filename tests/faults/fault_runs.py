@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "desk")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers"), str(ROOT / "tests" / "desk")]
 
 from machines import Desk, why_not
+
 from ranks import MORTAL
 
 WORKER = Path(__file__).parent / "workers" / "life.py"

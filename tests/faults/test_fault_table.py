@@ -4,10 +4,10 @@ About an hour on two cores, a part of it with `--exhaustive=PART/PARTS`; `table.
 """
 
 import pytest
-
 from fault_runs import PLACES, Case, cases_of, faults_of, why_not_at
-from ranks import slowness
 from table import run_cases, table_of
+
+from ranks import slowness
 
 # What is known to be otherwise, by place, fault and phase.
 MPI_START = (

@@ -6,8 +6,6 @@
 bench has measured. An entry counts only for the same model, method, rows, batch per device and device.
 """
 
-import hashlib
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.build import Parts
-from trainer.files.storage import atomic_file, read_json, write_json
+from trainer.files.storage import atomic_file, digest_of, read_json, write_json
 from trainer.machine.facts import machine_facts
 from trainer.metrics.rows import Row, Sample
 
@@ -43,7 +41,7 @@ def baseline_facts(parts: Parts) -> dict[str, Any]:
 
 def read_baseline(output_dir: Path, facts: dict[str, Any]) -> float | None:
     """Tokens per second of one device, or None where nothing was measured for these facts."""
-    entry = _entries(output_dir).get(_digest(facts))
+    entry = _entries(output_dir).get(digest_of(facts))
     return entry["tokens_per_sec"] if entry else None
 
 
@@ -60,7 +58,7 @@ def write_baseline(output_dir: Path, facts: dict[str, Any], tokens_per_sec: floa
         OSError: it cannot be written.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
-    entries, key = _entries(output_dir), _digest(facts)
+    entries, key = _entries(output_dir), digest_of(facts)
     if measured_by == "bench" or entries.get(key, {}).get("measured_by") != "bench":
         entries[key] = {"tokens_per_sec": tokens_per_sec, "measured_by": measured_by, "recipe": facts}
         with atomic_file(output_dir / BASELINE_FILE) as file:
@@ -107,7 +105,3 @@ def _entries(output_dir: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return entries if isinstance(entries, dict) else {}
-
-
-def _digest(facts: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

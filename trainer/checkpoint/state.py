@@ -5,7 +5,7 @@ method, seed, batch or base weights is refused; other changes of the recipe go o
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 import comm
 from parallel import ParameterLayout, gather_tensors, model_layout, slice_tensors
-from trainer.agreement import broadcast_tensors, together
+from trainer.agreement import Notice, broadcast_tensors, together
 from trainer.build import Parts
 from trainer.checkpoint.folder import RESULT_FILE, Checkpoint, CheckpointError, CheckpointFolder
 from trainer.checkpoint.weights_digest import weights_digest
@@ -28,7 +28,6 @@ from trainer.training.progress import WATCHDOG_ROWS, Progress
 
 FREE_SECTIONS = ("optimizer", "schedule", "epochs", "max_steps", "max_grad_norm", "gradient_checkpointing")
 RUN_FILE = ".run"
-Notice = Callable[[str], None]
 
 
 @dataclass(frozen=True)

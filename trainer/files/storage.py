@@ -47,6 +47,11 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not JSON: {error}.") from error
 
 
+def digest_of(value: object) -> str:
+    """16 hexadecimal digits that differ for values whose JSON differs; what JSON cannot hold counts by its text."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
 def file_record(path: Path) -> FileRecord:
     """Hash and measure a file that is already on the disk."""
     digest, num_bytes = hashlib.sha256(), 0

@@ -13,6 +13,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+from parallel import overridden_class
+
 
 def checkpoint_layers(layers: list[nn.Module], every: bool | int = True) -> None:
     """Extend the classes of ``layers`` in place, so that the inside of each, or of every k-th, is computed again in
@@ -64,7 +66,7 @@ def _checkpointed(cls: type) -> type:
 
         return mx.checkpoint(inside)([array for _, array in parameters], given)
 
-    return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__, "__doc__": cls.__doc__})
+    return overridden_class(cls, {"__call__": call})
 
 
 def _held(value: Any, seen: tuple[int, ...] = ()) -> Any:

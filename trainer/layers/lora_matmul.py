@@ -14,6 +14,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tuner.lora import LoRALinear
 
+from parallel import overridden_class
+
 
 def use_fast_lora(model: nn.Module) -> None:
     """Extend the class of each of mlx-lm's ``LoRALinear`` in ``model``, in place; before parallel wrappers. Names
@@ -122,4 +124,4 @@ def _fast(cls: type) -> type:
         dropped: Any = self.dropout(x)
         return lora_matmul(x, self.linear, self.lora_a, self.lora_b, self.scale, None if dropped is x else dropped)
 
-    return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__, "__doc__": cls.__doc__})
+    return overridden_class(cls, {"__call__": call})

@@ -17,6 +17,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from parallel import overridden_class
 from trainer.layers import elementwise
 from trainer.layers.attention import blockwise_attention
 from trainer.layers.causal_conv import causal_conv
@@ -145,7 +146,7 @@ def _training_class(cls: type) -> type:
             bound.arguments["self"] = _View(self, {"rope": partial(_restarted, self.rope, cache.positions)})
         return run(*bound.args, **bound.kwargs)
 
-    return _subclass(cls, {"__call__": call})
+    return overridden_class(cls, {"__call__": call})
 
 
 def _restarted(rope: nn.Module, positions: mx.array, x: mx.array, offset: int = 0) -> mx.array:
@@ -181,7 +182,7 @@ def _core_class(cls: type) -> type:
         cache = segment_caches(self.layers, None) if cache is None else cache
         return cls.__call__(self, inputs, cache, *args, **kwargs)
 
-    return _subclass(cls, {"__call__": call})
+    return overridden_class(cls, {"__call__": call})
 
 
 @cache
@@ -190,8 +191,4 @@ def _model_class(cls: type) -> type:
         """What to pass as ``cache`` for rows of several documents, numbered by ``segments`` (B, T)."""
         return segment_caches(self.layers, segments)
 
-    return _subclass(cls, {"segment_cache": segment_cache})
-
-
-def _subclass(cls: type, members: dict[str, Any]) -> type:
-    return type(cls.__name__, (cls,), {**members, "__module__": cls.__module__, "__doc__": cls.__doc__})
+    return overridden_class(cls, {"segment_cache": segment_cache})

@@ -11,7 +11,7 @@ import mlx.nn as nn
 import numpy as np
 
 # Architectures for which per-document losses and all gradients of packed rows were shown equal to those of separate
-# rows (tests/models/test_packed_rows.py). The others refuse.
+# rows (tests/trainer/layers/test_packed_rows.py). The others refuse.
 PACKING_PROVEN = frozenset(
     ("gemma3_text", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "qwen3_next")
     + ("qwen3_5", "qwen3_5_moe", "qwen3_5_text")

@@ -7,14 +7,13 @@
 away when a run trains on.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 from mlx.utils import tree_flatten
 
 import comm
 from parallel import gather_tensors, model_layout
-from trainer.agreement import together
+from trainer.agreement import Notice, together
 from trainer.build import Parts
 from trainer.checkpoint.folder import RESULT_FILE, Checkpoint, CheckpointError, CheckpointFolder
 from trainer.checkpoint.state import load_weights
@@ -27,8 +26,6 @@ from trainer.results.mlx_lm_format import (
     write_model,
 )
 from trainer.training.progress import Progress
-
-Notice = Callable[[str], None]
 
 
 def result_path(parts: Parts) -> Path:

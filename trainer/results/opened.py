@@ -11,8 +11,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 import comm
 from parallel import model_layout, slice_tensors
-from trainer.agreement import broadcast_tensors, together
-from trainer.build import Notice
+from trainer.agreement import Notice, broadcast_tensors, together
 from trainer.checkpoint.folder import (
     CheckpointError,
     CheckpointFolder,
