@@ -139,7 +139,9 @@ class Desk:
         for key in ("host", "user"):
             _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.folder / key))
         server = f"HostKey {self.folder}/host\nAuthorizedKeysFile {self.folder}/user.pub\nStrictModes no\nPidFile none\n"
-        (self.folder / "server").write_text(f"{server}PermitRootLogin yes\nPasswordAuthentication no\nMaxStartups 100\n")
+        # A home of its own: what a shell does in the user's takes time, and waits for locks that killed ones left.
+        server += f"PermitRootLogin yes\nPasswordAuthentication no\nMaxStartups 100\nSetEnv HOME={self.folder}\n"
+        (self.folder / "server").write_text(server)
         client = f"Host *\nUser root\nIdentityFile {self.folder}/user\nBatchMode yes\nStrictHostKeyChecking no\n"
         (self.folder / "config").write_text(f"{client}UserKnownHostsFile /dev/null\nLogLevel ERROR\n")
         for name in self.names:

@@ -29,6 +29,7 @@ TIMEOUT_SECONDS = 6.0
 PHASE_TIMEOUT_SECONDS = 12.0
 SLACK_SECONDS = 10.0
 LIMIT_SECONDS = 120.0  # after which a job that does not end is given up
+NUM_STARTS = 3  # on a busy machine a rank may start too late for a time-out that short
 
 PHASES = ("before init", "after init", "collective", "compute", "evaluation", "saving", "final write", "after result")
 LONG_PHASES = ("evaluation", "saving", "final write")
@@ -70,6 +71,7 @@ class Outcome:
         code: The launcher's exit code.
         names_rank: Whether what is shown names the rank.
         num_left: Processes of the job that were still there at the end of the bound.
+        has_come: Whether the fault came; the job may have ended before.
         output: What the job showed.
     """
 
@@ -78,11 +80,12 @@ class Outcome:
     code: int
     names_rank: bool
     num_left: int
+    has_come: bool
     output: str
 
     def complaints(self, slowness: float = 1.0) -> list[str]:
         """What is not as it should be, on a machine that takes so many times longer to start and end processes."""
-        case, found = self.case, []
+        case, found = self.case, [] if self.has_come else ["the fault never came"]
         if self.seconds > case.bound_seconds + SLACK_SECONDS * (slowness - 1):
             found.append(f"took {self.seconds:.1f} s of {case.bound_seconds:.0f}")
         if self.code == 0 and not case.may_succeed:
@@ -111,12 +114,20 @@ def why_not_at(place: str) -> str:
 
 
 def run_case(case: Case, number: int) -> Outcome:
-    """Runs a case.
+    """Runs a case, again where the job ended before its fault.
 
     Args:
         case: The case.
         number: Differs between cases that run at the same time.
     """
+    for _ in range(NUM_STARTS):
+        outcome = _run_once(case, number)
+        if outcome.has_come:
+            break
+    return outcome
+
+
+def _run_once(case: Case, number: int) -> Outcome:
     with tempfile.TemporaryDirectory(prefix="fault-") as folder:
         fault = "outside" if case.fault in OUTSIDE_FAULTS else case.fault
         worker = [sys.executable, str(WORKER), case.phase, fault, str(case.rank), folder]
@@ -164,10 +175,8 @@ def _watch(case: Case, job: "subprocess.Popen[str]", folder: str, harm: Callable
     patience.cancel()
     job.stdout.close()
     text = "".join(output)
-    if "FAULT " not in text:
-        text += "the fault never came\n"
     left = _left_behind(folder, max(case.bound_seconds - seconds, 2.0))
-    return Outcome(case, seconds, code, _names(text, case), len(left), text)
+    return Outcome(case, seconds, code, _names(text, case), len(left), "FAULT " in text, text)
 
 
 def _names(text: str, case: Case) -> bool:

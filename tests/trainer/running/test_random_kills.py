@@ -23,7 +23,6 @@ from trainer.recipe.load import to_yaml
 
 PARTS, KILLS_PER_PART = 20, 10
 ALONE = range(16, 20)  # parts without a launcher
-LONGEST_SECONDS = 10.0  # between two kills; a start takes about five
 LAUNCH = ("-m", "comm", "launch", "-n", "2", "--timeout", "10", "--max-restarts", "2", "--", sys.executable)
 STEPS = 150
 
@@ -83,14 +82,16 @@ def processes_of(folder: Path) -> list[int]:
     return sorted(found)
 
 
-def run_with_kills(command: list[str], folder: Path, chooser: random.Random, num_kills: int) -> int:
-    """Runs to the end, with up to `num_kills` kills; returns how many there were."""
+def run_with_kills(
+    command: list[str], folder: Path, chooser: random.Random, num_kills: int, longest_seconds: float
+) -> int:
+    """Runs to the end, with up to `num_kills` kills, at most `longest_seconds` apart; returns how many there were."""
     done = 0
     while True:
         with started(command, folder) as job:
             while done < num_kills:
                 try:
-                    job.wait(timeout=chooser.uniform(0, LONGEST_SECONDS * slowness()))
+                    job.wait(timeout=chooser.uniform(0, longest_seconds))
                     break
                 except subprocess.TimeoutExpired:
                     done += kill_one(chooser, processes_of(folder))
@@ -130,12 +131,15 @@ def test_random_kills_change_nothing(rows: Path, tmp_path: Path, part: int) -> N
     """Catches what only some moment shows: files that are half there, state that is lost, locks and processes that stay."""
     chooser, is_alone = random.Random(part), part in ALONE
     whole = tmp_path / "whole"
-    assert run_with_kills(command_for(rows, whole, is_alone), whole, chooser, 0) == 0
+    began = time.monotonic()
+    assert run_with_kills(command_for(rows, whole, is_alone), whole, chooser, 0, 0.0) == 0
+    whole_seconds = time.monotonic() - began
     num_kills = num_runs = 0
     while num_kills < KILLS_PER_PART:
         folder = tmp_path / f"run-{num_runs}"
-        num_kills += run_with_kills(command_for(rows, folder, is_alone), folder, chooser, KILLS_PER_PART - num_kills)
+        left = KILLS_PER_PART - num_kills
+        num_kills += run_with_kills(command_for(rows, folder, is_alone), folder, chooser, left, whole_seconds)
         num_runs += 1
         assert left_by(folder) == left_by(whole)
         assert curve(folder) == curve(whole)
-    print(f"{num_kills} kills in {num_runs} runs")
+    print(f"{num_kills} kills in {num_runs} runs; undisturbed {whole_seconds:.1f} s")
