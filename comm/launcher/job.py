@@ -115,6 +115,7 @@ def mpi_job(job: Job) -> Job:
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         options.append("--allow-run-as-root")
     variables = [*dict(job.hosts.variables), "COMM_TIMEOUT", "COMM_RESTARTS", "COMM_BACKEND", "PYTHONUNBUFFERED"]
+    variables += ["COMM_PHASE_TIMEOUT"] if "COMM_PHASE_TIMEOUT" in os.environ else []
     for name in variables:
         options += ["-x", name]
     hosts = replace(job.hosts, hosts=(Host(LOCAL[0]),))

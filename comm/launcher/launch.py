@@ -31,6 +31,7 @@ STOP_SECONDS = 5.0  # from SIGTERM to SIGKILL, and from that to giving the host 
 LONGEST_LINE_BYTES = 1 << 16  # of what a rank prints; a longer one is passed on in pieces
 MPI_PREFIX = re.compile(rb"^(\[\d+\])<std(?:out|err)>: ?")
 SSH_ERROR = 255  # of ssh itself
+MPI_FAILED = b"detected that one or more processes"  # exited with an error; mpirun may then wait for itself without end
 USER_ERROR = 2  # what the user wrote is wrong: starting again would not help
 
 
@@ -63,6 +64,7 @@ class Run:
 
     def __init__(self, job: Job, attempt: int):
         self.job = job
+        self._is_mpi = job.backend == "mpi"  # whose mpirun writes [rank]<stdout>: itself
         takes_input = attempt == 0
         self.told_to_stop = False
         self._events: queue.Queue[tuple[str, int, int]] = queue.Queue()
@@ -112,6 +114,8 @@ class Run:
                     self._pass_on(code)
                 elif kind == "lost":
                     self._give_up(rank)
+                elif kind == "failed":
+                    self._due = self._due or self._ends_after(self.job.timeout_seconds + GRACE_SECONDS)
                 else:
                     self._note_end(rank, code)
             for reader in self._readers:
@@ -138,16 +142,21 @@ class Run:
             _say(f"rank {rank}: the connection to {host.ssh} is lost")
         if code and not self._code:
             self._code = code
-            _say(f"rank {rank} ({host.ssh}) ended with {code}")
-            self._due = [
-                _Due(GRACE_SECONDS, lambda: self._signal_all(signal.SIGTERM)),
-                _Due(STOP_SECONDS, lambda: self._signal_all(signal.SIGKILL)),
-                _Due(STOP_SECONDS, self._give_up_all),
-            ]
+            # mpirun is our only rank, and has told which of its own failed.
+            _say(f"mpirun ended with {code}" if self._is_mpi else f"rank {rank} ({host.ssh}) ended with {code}")
+            self._due = self._ends_after(GRACE_SECONDS)
             for other in self._running:
                 threading.Thread(target=self._look_for, args=(other,), daemon=True).start()
         elif not self._due and self.job.timeout_seconds:
             self._end_stopped()
+
+    def _ends_after(self, seconds: float) -> list[_Due]:
+        """What ends the ranks that are left, step by step."""
+        return [
+            _Due(seconds, lambda: self._signal_all(signal.SIGTERM)),
+            _Due(STOP_SECONDS, lambda: self._signal_all(signal.SIGKILL)),
+            _Due(STOP_SECONDS, self._give_up_all),
+        ]
 
     def _end_stopped(self) -> None:
         """Some ranks have ended as they should: one that is stopped since would hold the job for ever."""
@@ -257,10 +266,11 @@ class Run:
         self._events.put(("end", rank, code if code >= 0 else 128 - code))
 
     def _copy(self, rank: int, pipe: BinaryIO, out: Any) -> None:
-        mpi = self.job.backend == "mpi"  # whose mpirun writes [rank]<stdout>: itself
-        prefix = b"" if mpi or not self.job.prefix else f"[{rank}] ".encode()
+        prefix = b"" if self._is_mpi or not self.job.prefix else f"[{rank}] ".encode()
         while line := pipe.readline(LONGEST_LINE_BYTES):
-            if mpi:
+            if self._is_mpi:
+                if MPI_FAILED in line:
+                    self._events.put(("failed", rank, 0))
                 line = MPI_PREFIX.sub(rb"\1 " if self.job.prefix else b"", line)
             with self._lock:
                 self._write(out, prefix + line.rstrip(b"\n") + b"\n")

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from comm.launcher.hostfile import Host, HostList
+from comm.launcher.job import Job
+from comm.launcher.launch import launch as launch_job
 from ranks import slowness
 
 WORKERS = Path(__file__).parent / "workers"
@@ -336,3 +339,12 @@ def test_an_address_that_is_another_hosts(tmp_path: Path) -> None:
     done = launch("--hostfile", str(hosts), "--", "true")
     assert done.returncode == 1 and "192.0.2.7 must be addresses of" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_an_mpirun_that_waits_for_itself_is_ended() -> None:
+    """Catches a launcher that waits without end for an mpirun that has told of a failed rank and then hangs."""
+    program = "echo 'prterun detected that one or more processes exited with non-zero status'; sleep 60"
+    job = Job(("sh", "-c", program), HostList((Host("127.0.0.1"),)), "mpi", timeout_seconds=1)
+    began = time.monotonic()
+    assert launch_job(job) == 143
+    assert time.monotonic() - began < 1 + 10
