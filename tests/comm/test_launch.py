@@ -12,9 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from comm.launcher.hostfile import Host, HostList
-from comm.launcher.job import Job
-from comm.launcher.launch import launch as launch_job
 from ranks import slowness
 
 WORKERS = Path(__file__).parent / "workers"
@@ -344,7 +341,11 @@ def test_an_address_that_is_another_hosts(tmp_path: Path) -> None:
 def test_an_mpirun_that_waits_for_itself_is_ended() -> None:
     """Catches a launcher that waits without end for an mpirun that has told of a failed rank and then hangs."""
     program = "echo 'prterun detected that one or more processes exited with non-zero status'; sleep 60"
-    job = Job(("sh", "-c", program), HostList((Host("127.0.0.1"),)), "mpi", timeout_seconds=1)
+    code = (
+        "import sys; from comm.launcher.hostfile import Host, HostList; from comm.launcher.job import Job\n"
+        "from comm.launcher.launch import launch\n"
+        f"sys.exit(launch(Job(('sh', '-c', {program!r}), HostList((Host('127.0.0.1'),)), 'mpi', timeout_seconds=1)))"
+    )
     began = time.monotonic()
-    assert launch_job(job) == 143
-    assert time.monotonic() - began < 1 + 10
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), timeout=60 * slowness())
+    assert done.returncode == 143 and time.monotonic() - began < 1 + 10
