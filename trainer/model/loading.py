@@ -147,7 +147,10 @@ def _random_model(config: dict[str, Any], vocab_size: int, seed: int) -> BaseMod
 def _model_classes(config: dict[str, Any]) -> tuple[Any, Any]:
     from importlib import import_module
 
-    name = TEXT_ONLY_TYPES.get(config.get("model_type"), config.get("model_type"))
+    given = config.get("model_type")
+    if not isinstance(given, str):
+        raise ValueError(f"model.config.model_type={given!r} must be the name of an architecture of mlx-lm.")
+    name = TEXT_ONLY_TYPES.get(given, given)
     try:
         module = import_module(f"mlx_lm.models.{MODEL_REMAPPING.get(name, name)}")
     except ImportError as error:

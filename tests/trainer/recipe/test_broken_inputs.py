@@ -171,6 +171,15 @@ def test_odd_adapter_configs(tmp_path: Path, recipe: str, capsys, monkeypatch, c
     assert "adapter_config.json" in told and "Traceback" not in told, told
 
 
+@pytest.mark.parametrize("name", [0.5, ["qwen3"], {}, None])
+def test_an_architecture_that_is_no_name(tmp_path: Path, recipe: str, capsys, name: Any) -> None:
+    """Catches a traceback of `plan` for a model type that is no text."""
+    with_config(model_type=name)(tmp_path)
+    assert main(["plan", recipe]) == 2
+    told = capsys.readouterr().err
+    assert "model_type" in told and "Traceback" not in told, told
+
+
 @pytest.mark.parametrize("case", BROKEN)
 def test_run_says_what_is_broken(tmp_path: Path, recipe: str, capsys, monkeypatch, case: str) -> None:
     """Catches a traceback out of another library, or an error that does not name the file."""
