@@ -77,10 +77,10 @@ def translated(error: Exception, arguments: argparse.Namespace) -> Exception:
 
 def _architecture_of(error: Exception) -> str:
     """The module of mlx-lm's architectures in which an error was raised, or for which MLX has no gradient; else empty."""
-    frames = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
-    if frames and "/mlx_lm/models/" in frames[-1]:
-        return f"mlx_lm.models.{Path(frames[-1]).stem}"
-    return ""
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    # MLX's own layers may raise it, called from there.
+    file = next((file for file in reversed(files) if "/mlx/" not in file), "")
+    return f"mlx_lm.models.{Path(file).stem}" if "/mlx_lm/models/" in file else ""
 
 
 def next_setting(recipe: Recipe | None) -> str:

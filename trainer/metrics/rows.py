@@ -95,8 +95,9 @@ class Metrics:
     def _remember(self, row: Row) -> None:
         self.last |= row
         for metric in METRICS:
-            if metric.better and metric.key in row and math.isfinite(row[metric.key]):
-                value = row[metric.key]
+            value = row.get(metric.key)
+            # What an earlier start has left may have been edited since.
+            if metric.better and isinstance(value, (int, float)) and math.isfinite(value):
                 self.best[metric.best_key] = metric.better(value, self.best.get(metric.best_key, value))
 
     def _each(self, method: str, *arguments: object) -> None:

@@ -259,3 +259,9 @@ def test_error_gives_the_terminal_back() -> None:
     metrics = Metrics([TerminalSink(100, console=console)])
     metrics.abandon()
     assert console.file.getvalue().rstrip().endswith("\x1b[?25h")
+
+
+def test_best_values_of_a_file_that_was_edited() -> None:
+    """Catches a run that cannot be continued, as a number of an earlier start is a word now."""
+    history = [row(1, eval__loss=2.0), {"train/global_step": 2, "eval/loss": "x", "eval/exact_match": [1]}]
+    assert Metrics([], history).best == {"best/eval_loss": 2.0}

@@ -96,6 +96,7 @@ BROKEN = {
     "hidden size 0": (with_config(hidden_size=0), "cannot be opened|fails with this model"),
     "heads 0": (with_config(num_attention_heads=0), "cannot be opened|fails with this model"),
     "vocabulary a word": (with_config(vocab_size="many"), "'vocab_size' expected int, got str"),
+    "rope theta a list": (with_config(rope_theta=[10000.0], rope_parameters=None), "cannot be opened|fails with this model"),
     "tokenizer nested": (with_file("model/tokenizer.json", NESTED), "no tokenizer can be read"),
     "tokenizer a list": (with_file("model/tokenizer.json", b"[]"), "no tokenizer can be read"),
     "tokenizer config a list": (with_file("model/tokenizer_config.json", b"[]"), "no tokenizer can be read"),
