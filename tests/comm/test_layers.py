@@ -30,6 +30,7 @@ TRAINER = (
     ("model",),
     ("generation",),
     ("training",),
+    ("opening",),
     ("build", "memory"),
     ("checkpoint", "bench", "reports"),
     ("results",),

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from trainer.build import Parts
+from trainer.build import Run
 from trainer.files.storage import atomic_file, digest_of, read_json, write_json
 from trainer.machine.facts import machine_facts
 from trainer.metrics.rows import Row, Sample
@@ -20,19 +20,19 @@ from trainer.metrics.rows import Row, Sample
 BASELINE_FILE = "baseline.json"
 
 
-def baseline_facts(parts: Parts) -> dict[str, Any]:
+def baseline_facts(run: Run) -> dict[str, Any]:
     """What decides the tokens per second of one device, JSON-able."""
-    recipe, machine = parts.recipe, machine_facts(1, "", {})
+    recipe, machine = run.recipe, machine_facts(1, "", {})
     return {
-        "model": parts.identity["model"],
+        "model": run.identity["model"],
         "dtype": recipe.model.dtype,
         "quantize": asdict(recipe.model.quantize) if recipe.model.quantize else None,
         "method": recipe.method,
-        "lora": parts.identity["lora"],
-        "data": parts.identity["data"],
-        "batch_size_per_device": parts.batch.per_device,
+        "lora": run.identity["lora"],
+        "data": run.identity["data"],
+        "batch_size_per_device": run.opened.batch.per_device,
         "max_seq_len": recipe.data.max_seq_len,
-        "packed": parts.loss.packed,
+        "packed": run.opened.packed,
         "gradient_checkpointing": recipe.gradient_checkpointing,
         "device": machine["device"],
         "mlx_device": machine["mlx_device"],

@@ -18,7 +18,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 import comm
 from trainer.bench.baseline import baseline_facts
 from trainer.bench.figures import SIDES, Measurement
-from trainer.build import Parts, build
+from trainer.build import Run, build
 from trainer.data import TokenizedRows, corpus, load_splits
 from trainer.machine.limits import GIB
 from trainer.metrics.throughput import Throughput
@@ -35,10 +35,10 @@ NEVER = 10**9
 def measure_trainer(recipe: Recipe, warmup: int, steps: int) -> Measurement | None:
     """Time ``steps`` steps of the training loop after ``warmup`` ones; the figures on rank 0, None elsewhere."""
     world = comm.init(recipe.parallel.backend if isinstance(recipe.parallel.backend, str) else "any")
-    parts = build(recipe, world, lambda line: print(line, file=sys.stderr))
+    run = build(recipe, world, lambda line: print(line, file=sys.stderr))
     mx.reset_peak_memory()
     rows: list[dict[str, float]] = []
-    _loop(parts, warmup + steps, rows.append).run(Progress())
+    _loop(run, warmup + steps, rows.append).run(Progress())
     timed = rows[warmup:]
     if world.rank:
         return None
@@ -55,24 +55,24 @@ def measure_trainer(recipe: Recipe, warmup: int, steps: int) -> Measurement | No
         compute_s=mean("time/compute_s"),
         optimizer_s=mean("time/optimizer_s"),
         mfu_pct=mean("throughput/mfu_pct") if "throughput/mfu_pct" in timed[0] else None,
-        facts=baseline_facts(parts) if world.size == 1 else None,
+        facts=baseline_facts(run) if world.size == 1 else None,
     )
 
 
-def _loop(parts: Parts, total_steps: int, log: Callable[[dict[str, float]], None]) -> Loop:
+def _loop(run: Run, total_steps: int, log: Callable[[dict[str, float]], None]) -> Loop:
     """The run's own loop, with a row of metrics for every step and nothing written."""
     return Loop(
-        model=parts.model,
-        step_fn=parts.step_fn,
-        optimizer=parts.optimizer,
-        batches=parts.batches,
+        model=run.model,
+        step_fn=run.step_fn,
+        optimizer=run.optimizer,
+        batches=run.batches,
         total_steps=total_steps,
-        rate=lambda _: parts.recipe.optimizer.lr,
-        max_grad_norm=parts.recipe.max_grad_norm,
-        world=parts.world,
+        rate=lambda _: run.recipe.optimizer.lr,
+        max_grad_norm=run.recipe.max_grad_norm,
+        world=run.world,
         due=Due(log=1, evaluate=0, checkpoint=0),
         hooks=Hooks(log=log),
-        throughput=Throughput(parts.world.size, flops_per_token=parts.flops_per_token, peak_tflops=peak_tflops()),
+        throughput=Throughput(run.world.size, flops_per_token=run.flops_per_token, peak_tflops=peak_tflops()),
     )
 
 

@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 import comm
 from parallel import ParameterLayout, gather_tensors, model_layout, slice_tensors
 from trainer.agreement import Notice, broadcast_tensors, together
-from trainer.build import Parts
+from trainer.build import Run
 from trainer.checkpoint.folder import RESULT_FILE, Checkpoint, CheckpointError, CheckpointFolder
 from trainer.checkpoint.weights_digest import weights_digest
 from trainer.files.storage import atomic_file, read_json, write_json
@@ -45,7 +45,7 @@ class Found:
     run: int = 0
 
 
-def save_checkpoint(parts: Parts, folder: CheckpointFolder, progress: Progress) -> Path | None:
+def save_checkpoint(run: Run, folder: CheckpointFolder, progress: Progress) -> Path | None:
     """Write a checkpoint: trainable weights, optimizer state, and what continues the plan. Every rank calls it.
 
     Returns its folder; None on ranks without a disk.
@@ -53,29 +53,29 @@ def save_checkpoint(parts: Parts, folder: CheckpointFolder, progress: Progress) 
     With a patience the best one stays beside the last ones. A run that is given up loses none: what it learned lately
     may be worth nothing.
     """
-    layout = model_layout(parts.model)
-    weights = tree_flatten(parts.model.trainable_parameters())
+    layout = model_layout(run.model)
+    weights = tree_flatten(run.model.trainable_parameters())
     files = {
-        "weights": gather_tensors(layout, weights, parts.mesh.pp),
-        "optimizer": gather_tensors(_slot_layout(layout, parts.optimizer), parts.optimizer.tensors(), parts.mesh.pp),
+        "weights": gather_tensors(layout, weights, run.mesh.pp),
+        "optimizer": gather_tensors(_slot_layout(layout, run.optimizer), run.optimizer.tensors(), run.mesh.pp),
     }
-    epoch, position = divmod(progress.step, parts.batches.steps_per_epoch)
+    epoch, position = divmod(progress.step, run.batches.steps_per_epoch)
     state = {
         "progress": progress.as_dict(),
         "plan": {"epoch": epoch, "position": position},
-        "num_updates": parts.optimizer.num_updates,
-        "identity": parts.identity,
-        "base": _base(parts) if parts.world.rank == 0 else None,
-        "settings": _settings(parts.recipe),
-        "described": _described(parts.recipe),
-        "mesh": asdict(parts.sizes),
-        "batch_dp": parts.batch_dp,
-        "seed": parts.recipe.seed,
+        "num_updates": run.optimizer.num_updates,
+        "identity": run.identity,
+        "base": _base(run) if run.world.rank == 0 else None,
+        "settings": _settings(run.recipe),
+        "described": _described(run.recipe),
+        "mesh": asdict(run.opened.sizes),
+        "batch_dp": run.batch_dp,
+        "seed": run.recipe.seed,
     }
     # A save that fails on rank 0 still takes part in every gather, so the ranks can agree about it afterwards.
-    folder.pin(progress.best_step if parts.recipe.eval.patience else None)
+    folder.pin(progress.best_step if run.recipe.eval.patience else None)
     given_up = progress.high_rows >= WATCHDOG_ROWS
-    return together(parts.world, lambda: folder.save(progress.step, files, state, keep_all=given_up))
+    return together(run.world, lambda: folder.save(progress.step, files, state, keep_all=given_up))
 
 
 def find_checkpoint(recipe: Recipe, folder: CheckpointFolder, world: comm.Group, notice: Notice) -> Found:
@@ -171,11 +171,11 @@ def keep_global_batch(recipe: Recipe, found: Found, dp: int) -> tuple[Recipe, in
     return kept, batch_dp
 
 
-def restore(parts: Parts, folder: CheckpointFolder, found: Found, notice: Notice) -> Progress:
+def restore(run: Run, folder: CheckpointFolder, found: Found, notice: Notice) -> Progress:
     """Load rank 0's checkpoint into every rank's model and optimizer.
 
     Args:
-        parts: freshly built.
+        run: freshly built.
         folder: of the run's checkpoints.
         found: from `find_checkpoint`.
         notice: gets one line per change of settings.
@@ -186,24 +186,24 @@ def restore(parts: Parts, folder: CheckpointFolder, found: Found, notice: Notice
     Raises:
         ValueError: the checkpoint belongs to another run; lists the keys.
     """
-    world, checkpoint, state = parts.world, found.checkpoint, found.state
+    world, checkpoint, state = run.world, found.checkpoint, found.state
     if state is None:
         return Progress(run=found.run)
-    words = list(_differences(state.get("described", {}), _described(parts.recipe)))
-    together(world, lambda: _check_identity(state["identity"], parts.identity, words))
-    together(world, lambda: _check_base(state.get("base"), _base(parts), notice) if world.rank == 0 else None)
-    for difference in differences(found, parts.recipe):
+    words = list(_differences(state.get("described", {}), _described(run.recipe)))
+    together(world, lambda: _check_identity(state["identity"], run.identity, words))
+    together(world, lambda: _check_base(state.get("base"), _base(run), notice) if world.rank == 0 else None)
+    for difference in differences(found, run.recipe):
         notice(f"resuming with another {difference}")
-    load_weights(parts, checkpoint)
-    layout = model_layout(parts.model)
+    load_weights(run, checkpoint)
+    layout = model_layout(run.model)
     moments = broadcast_tensors(world, checkpoint.tensors("optimizer") if checkpoint else None)
-    own = {name for name, _ in parts.optimizer.tensors()}
-    slots = dict(slice_tensors(_slot_layout(layout, parts.optimizer), moments, own))
-    parts.optimizer.load(slots, state["num_updates"])
-    mx.eval(parts.optimizer.state)
+    own = {name for name, _ in run.optimizer.tensors()}
+    slots = dict(slice_tensors(_slot_layout(layout, run.optimizer), moments, own))
+    run.optimizer.load(slots, state["num_updates"])
+    mx.eval(run.optimizer.state)
     progress = replace(Progress.resumed(state["progress"]), run=found.run)
-    if parts.recipe.eval.patience and progress.best_step is not None:
-        _find_best(parts.world, folder, progress, notice)
+    if run.recipe.eval.patience and progress.best_step is not None:
+        _find_best(run.world, folder, progress, notice)
     return progress
 
 
@@ -212,12 +212,12 @@ def differences(found: Found, recipe: Recipe) -> list[str]:
     return list(_differences(found.state["settings"], _settings(recipe))) if found.state else []
 
 
-def load_weights(parts: Parts, checkpoint: Checkpoint | None) -> None:
+def load_weights(run: Run, checkpoint: Checkpoint | None) -> None:
     """Load the trainable weights of rank 0's checkpoint into every rank's model; None on the other ranks."""
-    weights = broadcast_tensors(parts.world, checkpoint.tensors("weights") if checkpoint else None)
-    own = {name for name, _ in tree_flatten(parts.model.trainable_parameters())}
-    parts.model.update(tree_unflatten(list(slice_tensors(model_layout(parts.model), weights, own))))
-    mx.eval(parts.model.trainable_parameters())
+    weights = broadcast_tensors(run.world, checkpoint.tensors("weights") if checkpoint else None)
+    own = {name for name, _ in tree_flatten(run.model.trainable_parameters())}
+    run.model.update(tree_unflatten(list(slice_tensors(model_layout(run.model), weights, own))))
+    mx.eval(run.model.trainable_parameters())
 
 
 def _find_best(world: comm.Group, folder: CheckpointFolder, progress: Progress, notice: Notice) -> None:
@@ -262,9 +262,9 @@ def _check_identity(saved: dict[str, Any], current: dict[str, Any], words: Seque
     )
 
 
-def _base(parts: Parts) -> dict[str, Any]:
+def _base(run: Run) -> dict[str, Any]:
     """What the adapters stand on: rank 0's weights, and how they are held. Full training keeps none of it."""
-    recipe = parts.recipe
+    recipe = run.recipe
     if recipe.method == "full":
         return {}
     folder = source_folder(recipe.model)

@@ -1,6 +1,6 @@
 """What a model will see of a recipe's rows: lines of tokens with their targets, and figures of the batch plan.
 
-Made of the very arrays of training (`Parts.plan`, `collate`), with the model's config in place of its weights.
+Made of the very arrays of training (`Opened.plan`, `collate`), with the model's config in place of its weights.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from typing import Any
 
 import numpy as np
 
-import comm
-from trainer.build import Parts, open_parts
 from trainer.data import BadRows, PlannedBatch, TokenizedRows, collate, load_splits
 from trainer.data.encode import plain_tokenizer
 from trainer.memory.shapes import open_shapes
 from trainer.model.loading import pad_token
+from trainer.opening import Opened, open_recipe
 from trainer.recipe.config import Recipe
 from trainer.recipe.rules import resolve_mesh
 
@@ -102,20 +101,20 @@ def preview(recipe: Recipe, title: str, split: str, num_rows: int, world: int) -
         ValueError: the rows, the tokenizer or the config cannot be used, or there are no validation rows.
     """
     notices: list[str] = []
-    parts = open_parts(recipe, comm.solo(), resolve_mesh(recipe.parallel, world), notices.append, open_shapes)
-    rows, plan, size = _planned(parts, split)
-    tokenizer = plain_tokenizer(parts.tokenizer)
+    opened = open_recipe(recipe, resolve_mesh(recipe.parallel, world), notices.append, open_shapes)
+    rows, plan, size = _planned(opened, split)
+    tokenizer = plain_tokenizer(opened.tokenizer)
     by_length = np.argsort(-rows.lengths, kind="stable")[:NUM_EXTREMES]
     by_targets = np.argsort(rows.num_targets, kind="stable")[:NUM_EXTREMES]
     return Preview(
         title=f"{title}, {split} rows",
         notices=notices,
-        facts=_facts(parts, rows, plan, size),
+        facts=_facts(opened, rows, plan, size),
         histogram=_histogram(rows.lengths),
-        lines=list(_lines(rows, plan[0], num_rows, pad_token(parts.tokenizer), tokenizer)),
+        lines=list(_lines(rows, plan[0], num_rows, pad_token(opened.tokenizer), tokenizer)),
         longest=[_document(int(row), rows.tokens(row), rows.mask(row), tokenizer) for row in by_length],
         fewest=[_document(int(row), rows.tokens(row), rows.mask(row), tokenizer) for row in by_targets],
-        skipped=_skipped(parts) if rows.skipped else [],
+        skipped=_skipped(opened) if rows.skipped else [],
     )
 
 
@@ -125,18 +124,18 @@ def visible(text: str) -> str:
     return "".join(codes.get(char, char) for char in text)
 
 
-def _planned(parts: Parts, split: str) -> tuple[TokenizedRows, list[PlannedBatch], int]:
+def _planned(opened: Opened, split: str) -> tuple[TokenizedRows, list[PlannedBatch], int]:
     """A split's rows, the batches of its first pass as a run makes them, and lines per batch."""
     if split == "train":
-        size = parts.batch.global_size
-        return parts.splits.train, parts.plan(parts.splits.train, size, parts.recipe.seed, 0), size
-    if parts.splits.valid is None:
+        size = opened.batch.global_size
+        return opened.splits.train, opened.plan(opened.splits.train, size, opened.recipe.seed, 0), size
+    if opened.splits.valid is None:
         raise ValueError("There is no validation split: data.valid is null, none was found and val_fraction is 0.")
-    size = parts.batch.dp * parts.batch.per_device
-    return parts.splits.valid, parts.plan(parts.splits.valid, size, seed=0, epoch=0, shuffle=False), size
+    size = opened.batch.dp * opened.batch.per_device
+    return opened.splits.valid, opened.plan(opened.splits.valid, size, seed=0, epoch=0, shuffle=False), size
 
 
-def _facts(parts: Parts, rows: TokenizedRows, plan: Sequence[PlannedBatch], size: int) -> list[tuple[str, str]]:
+def _facts(opened: Opened, rows: TokenizedRows, plan: Sequence[PlannedBatch], size: int) -> list[tuple[str, str]]:
     num_tokens, num_targets = int(rows.lengths.sum()), int(rows.num_targets.sum())
     median = np.median(rows.lengths)
     num_slots = sum(size * batch.length for batch in plan)
@@ -147,7 +146,7 @@ def _facts(parts: Parts, rows: TokenizedRows, plan: Sequence[PlannedBatch], size
         ("tokens", f"{num_tokens:,}"),
         ("learned tokens", f"{num_targets:,} ({num_targets / num_tokens:.1%})"),
         ("tokens per row", f"mean {rows.lengths.mean():.0f}, median {median:.0f}, longest {rows.lengths.max()}"),
-        ("packing", f"on, {len(rows) / num_lines:.2f} rows per line" if parts.loss.packed else "off, one row per line"),
+        ("packing", f"on, {len(rows) / num_lines:.2f} rows per line" if opened.packed else "off, one row per line"),
         ("padding", f"{100 * (1 - num_tokens / num_slots):.1f} % of {num_slots:,} positions"),
         ("lines per batch", f"{size} (the last batch has {plan[-1].num_positions})"),
         ("shapes", f"{len(shapes)}: {', '.join(f'{size} x {length}' for length in shapes)}"),
@@ -158,10 +157,10 @@ def _facts(parts: Parts, rows: TokenizedRows, plan: Sequence[PlannedBatch], size
     ]
 
 
-def _skipped(parts: Parts) -> list[str]:
+def _skipped(opened: Opened) -> list[str]:
     """The rows that were passed over, found by reading them again without the leave to do so."""
     try:
-        load_splits(replace(parts.recipe.data, on_bad_row="stop"), parts.tokenizer, parts.recipe.seed, notice=str)
+        load_splits(replace(opened.recipe.data, on_bad_row="stop"), opened.tokenizer, opened.recipe.seed, notice=str)
     except BadRows as error:
         return error.lines
     return []

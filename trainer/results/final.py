@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 import comm
 from parallel import gather_tensors, model_layout
 from trainer.agreement import Notice, together
-from trainer.build import Parts
+from trainer.build import Run
 from trainer.checkpoint.folder import RESULT_FILE, Checkpoint, CheckpointError, CheckpointFolder
 from trainer.checkpoint.state import load_weights
 from trainer.files.storage import atomic_file, explain, read_json, write_json
@@ -28,22 +28,22 @@ from trainer.results.mlx_lm_format import (
 from trainer.training.progress import Progress
 
 
-def result_path(parts: Parts) -> Path:
+def result_path(run: Run) -> Path:
     """The adapters' file, or the model's folder."""
-    folder = Path(parts.recipe.output_dir)
-    return folder / ADAPTERS_FILE if parts.adapter is not None else folder / "model"
+    folder = Path(run.recipe.output_dir)
+    return folder / ADAPTERS_FILE if run.adapter is not None else folder / "model"
 
 
-def is_written(parts: Parts, progress: Progress) -> bool:
+def is_written(run: Run, progress: Progress) -> bool:
     """Whether the result of a run that has ended is there; a run may be killed before it is. Every rank calls it."""
     written = None
-    if parts.world.rank == 0 and result_path(parts).exists():
+    if run.world.rank == 0 and result_path(run).exists():
         try:
-            facts = read_json(Path(parts.recipe.output_dir) / RESULT_FILE)
+            facts = read_json(Path(run.recipe.output_dir) / RESULT_FILE)
             written = [facts.get("run", 0), facts["step"]]
         except (FileNotFoundError, ValueError, KeyError, AttributeError):
             written = None
-    return comm.broadcast_object(written, parts.world) == [progress.run, progress.step]
+    return comm.broadcast_object(written, run.world) == [progress.run, progress.step]
 
 
 def discard(output_dir: Path | None) -> None:
@@ -52,22 +52,22 @@ def discard(output_dir: Path | None) -> None:
         (output_dir / RESULT_FILE).unlink(missing_ok=True)
 
 
-def finish(parts: Parts, folder: CheckpointFolder, progress: Progress, notice: Notice) -> int:
+def finish(run: Run, folder: CheckpointFolder, progress: Progress, notice: Notice) -> int:
     """Write the result; returns the step of its weights. Every rank calls it.
 
     Raises:
         OSError: it cannot be written. The checkpoints are untouched; the same command writes it later.
     """
-    world = parts.world
+    world = run.world
     step = progress.step
-    if parts.recipe.eval.patience and progress.best_step not in (None, step):
+    if run.recipe.eval.patience and progress.best_step not in (None, step):
         best = _open_best(folder, progress.best_step, notice) if world.rank == 0 else None
         if comm.broadcast_object(best is not None, world):
-            load_weights(parts, best)
+            load_weights(run, best)
             step = progress.best_step
     facts = {"run": progress.run, "step": progress.step, "weights_step": step, "eval_loss": progress.best_loss}
     # An error on rank 0 leaves out no gather, so that the ranks can agree about it afterwards.
-    together(world, lambda: _write(parts, Path(parts.recipe.output_dir) if world.rank == 0 else None, facts))
+    together(world, lambda: _write(run, Path(run.recipe.output_dir) if world.rank == 0 else None, facts))
     return step
 
 
@@ -79,9 +79,9 @@ def _open_best(folder: CheckpointFolder, step: int, notice: Notice) -> Checkpoin
         return None
 
 
-def _write(parts: Parts, output_dir: Path | None, facts: dict[str, float | int | None]) -> None:
+def _write(run: Run, output_dir: Path | None, facts: dict[str, float | int | None]) -> None:
     try:
-        write_result(parts, output_dir)
+        write_result(run, output_dir)
         if output_dir is not None:
             with atomic_file(output_dir / RESULT_FILE) as file:
                 write_json(file, facts)
@@ -93,12 +93,12 @@ def _write(parts: Parts, output_dir: Path | None, facts: dict[str, float | int |
         ) from error
 
 
-def write_result(parts: Parts, output_dir: Path | None) -> None:
+def write_result(run: Run, output_dir: Path | None) -> None:
     """Write the final adapters, or the final model folder. Every rank calls it; None on ranks without a disk."""
-    layout = model_layout(parts.model)
-    if parts.adapter is not None:
-        tensors = tree_flatten(parts.model.trainable_parameters())
-        spec = parts.adapter
+    layout = model_layout(run.model)
+    if run.adapter is not None:
+        tensors = tree_flatten(run.model.trainable_parameters())
+        spec = run.adapter
         config = adapter_config(
             [f"{path}.lora_a" for path in spec.paths],
             fine_tune_type=spec.method,
@@ -106,8 +106,8 @@ def write_result(parts: Parts, output_dir: Path | None) -> None:
             scale=spec.scale,
             dropout=spec.dropout,
         )
-        write_adapters(output_dir, gather_tensors(layout, tensors, parts.mesh.pp), config)
+        write_adapters(output_dir, gather_tensors(layout, tensors, run.mesh.pp), config)
     else:
-        tensors = gather_tensors(layout, tree_flatten(parts.model.parameters()), parts.mesh.pp)
+        tensors = gather_tensors(layout, tree_flatten(run.model.parameters()), run.mesh.pp)
         folder = output_dir and output_dir / "model"
-        write_model(folder, tensors, parts.base.config, parts.tokenizer, source=source_folder(parts.recipe.model))
+        write_model(folder, tensors, run.opened.base.config, run.opened.tokenizer, source=source_folder(run.recipe.model))

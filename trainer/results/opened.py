@@ -74,39 +74,39 @@ class HasModel(Protocol):
     def model(self) -> nn.Module: ...
 
 
-def load_result(parts: HasModel, target: str, notice: Notice) -> None:
+def load_result(run: HasModel, target: str, notice: Notice) -> None:
     """Load a run's tensors into a model built from its recipe; rank 0 reads, the others receive.
 
     Args:
-        parts: built from `recipe_of(target)`, such as `trainer.build.Parts`.
+        run: built from `recipe_of(target)`, such as `trainer.build.Run`.
         target: the output folder (its final result, else its newest checkpoint) or a checkpoint.
         notice: gets one line for each checkpoint that is passed over.
 
     Raises:
         ValueError: there is nothing to load, or tensors are missing, unexpected or of another shape.
     """
-    world = parts.world
+    world = run.world
     tensors = together(world, lambda: _read(_path(target), notice) if world.rank == 0 else None)
-    known = dict(tree_flatten(parts.model.parameters()))
-    _require_fit(parts, target, {name: list(value.shape) for name, value in (tensors or {}).items()})
-    loaded = list(slice_tensors(model_layout(parts.model), broadcast_tensors(world, tensors), known))
+    known = dict(tree_flatten(run.model.parameters()))
+    _require_fit(run, target, {name: list(value.shape) for name, value in (tensors or {}).items()})
+    loaded = list(slice_tensors(model_layout(run.model), broadcast_tensors(world, tensors), known))
     if broken := [name for name, value in loaded if not mx.isfinite(value).all().item()]:
         notice(f"{target} holds numbers that are not finite: {', '.join(broken[:3])}{' ...' if len(broken) > 3 else ''}")
-    parts.model.update(tree_unflatten([(name, value.astype(known[name].dtype)) for name, value in loaded]))
+    run.model.update(tree_unflatten([(name, value.astype(known[name].dtype)) for name, value in loaded]))
 
 
-def _require_fit(parts: HasModel, target: str, shapes: dict[str, list[int]]) -> None:
+def _require_fit(run: HasModel, target: str, shapes: dict[str, list[int]]) -> None:
     """Refuse tensors, by rank 0's names and shapes, that are not all of what was trained."""
-    layout, trained = model_layout(parts.model), dict(tree_flatten(parts.model.trainable_parameters()))
+    layout, trained = model_layout(run.model), dict(tree_flatten(run.model.trainable_parameters()))
     own = {
         name: (list(layout[name].full_shape(value.shape) if name in layout else value.shape), name in trained)
-        for name, value in tree_flatten(parts.model.parameters())
+        for name, value in tree_flatten(run.model.parameters())
     }
     # A pipeline's stage has only its own layers' tensors, so a name is known where any rank has it.
-    everyone = {n: s for ranks in comm.all_gather_object(own, parts.world) for n, s in ranks.items()}
+    everyone = {n: s for ranks in comm.all_gather_object(own, run.world) for n, s in ranks.items()}
     expected = {name: shape for name, (shape, _) in everyone.items()}
     required = [name for name, (_, is_trained) in everyone.items() if is_trained]
-    if wrong := misfits(comm.broadcast_object(shapes, parts.world), expected, required):
+    if wrong := misfits(comm.broadcast_object(shapes, run.world), expected, required):
         raise ValueError(f"{target!r} does not hold the weights that its recipe trains: {wrong}.")
 
 

@@ -13,7 +13,7 @@ import comm
 from parallel import Span
 from trainer.agreement import require_same, together
 from trainer.bench.baseline import baseline_facts, read_baseline
-from trainer.build import Parts, build
+from trainer.build import Run, build
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.lock import sole_run
 from trainer.checkpoint.state import differences, find_checkpoint, keep_global_batch, restore, save_checkpoint
@@ -151,32 +151,32 @@ def _run(
     recipe, batch_dp = keep_global_batch(recipe, found, resolve_mesh(recipe.parallel, world.size).dp)
     # A rank may take long over these; none is given up as hanging meanwhile.
     with world.progress.long_phase("loading"):
-        parts = build(recipe, world, notices.append, batch_dp)
-        require_same(world, parts.digests())
-        progress = restore(parts, folder, found, notices.append)
+        run = build(recipe, world, notices.append, batch_dp)
+        require_same(world, run.digests())
+        progress = restore(run, folder, found, notices.append)
     rules = StopRules(recipe.eval.patience, recipe.limits.loss_watchdog)
-    if progress.step >= parts.total_steps or rules.is_patience_used_up(progress):
-        return _already_finished(parts, folder, progress, differences(found, recipe))
+    if progress.step >= run.total_steps or rules.is_patience_used_up(progress):
+        return _already_finished(run, folder, progress, differences(found, recipe))
     together(world, lambda: discard(output_dir))
-    metrics = together(world, lambda: open_metrics(parts, output_dir, progress.step, stop))
-    unread = validation_warnings(recipe) if parts.splits.valid is None else []
-    introduce(parts, progress, [*notices, *unread], metrics)
+    metrics = together(world, lambda: open_metrics(run, output_dir, progress.step, stop))
+    unread = validation_warnings(recipe) if run.opened.splits.valid is None else []
+    introduce(run, progress, [*notices, *unread], metrics)
     trigger = CheckpointTrigger(output_dir, metrics.message)
     profiler = Profiler(recipe.profile, output_dir, world, metrics.message)
-    loop = make_loop(parts, make_hooks(parts, folder, metrics, stop, trigger, profiler, callbacks), rules)
+    loop = make_loop(run, make_hooks(run, folder, metrics, stop, trigger, profiler, callbacks), rules)
     try:
         if progress.step == 0:
             loop.hooks.evaluate(0)
         number = loop.run(progress)
         profiler.finish()
-        return _end(parts, folder, metrics, progress, number, rules)
+        return _end(run, folder, metrics, progress, number, rules)
     except BaseException:
         metrics.abandon()
         raise
 
 
 def make_hooks(
-    parts: Parts,
+    run: Run,
     folder: CheckpointFolder,
     metrics: Metrics,
     stop: Stop,
@@ -185,12 +185,12 @@ def make_hooks(
     callbacks: Callbacks,
 ) -> Hooks:
     """What the loop of a run calls."""
-    limits, every = parts.recipe.limits, parts.recipe.logging.every
+    limits, every = run.recipe.limits, run.recipe.logging.every
 
     def after_step(step: int, spans: list[Span]) -> None:
         metrics.advance(step)
         profiler.after_step(step, spans)
-        if step % every and step != parts.total_steps:
+        if step % every and step != run.total_steps:
             callbacks.on_step(step, {})
 
     def log(row: dict[str, float]) -> None:
@@ -198,15 +198,15 @@ def make_hooks(
         callbacks.on_step(int(row[STEP_KEY]), row)
 
     def save(progress: Progress) -> None:
-        with parts.world.progress.long_phase("saving"):
-            path = save_checkpoint(parts, folder, progress)
+        with run.world.progress.long_phase("saving"):
+            path = save_checkpoint(run, folder, progress)
         trigger.done()
         callbacks.on_checkpoint(progress.step, path)
         clear_large_cache(limits)
 
     return Hooks(
         log=log,
-        evaluate=_evaluation(parts, metrics, callbacks),
+        evaluate=_evaluation(run, metrics, callbacks),
         save=save,
         before_step=profiler.before_step,
         after_step=after_step,
@@ -215,74 +215,74 @@ def make_hooks(
     )
 
 
-def make_loop(parts: Parts, hooks: Hooks, rules: StopRules) -> Loop:
+def make_loop(run: Run, hooks: Hooks, rules: StopRules) -> Loop:
     """The training loop of a built run."""
-    recipe = parts.recipe
+    recipe = run.recipe
     return Loop(
-        model=parts.model,
-        step_fn=parts.step_fn,
-        optimizer=parts.optimizer,
-        batches=parts.batches,
-        total_steps=parts.total_steps,
-        rate=lambda step: learning_rate(step, parts.total_steps, recipe.optimizer.lr, recipe.schedule),
+        model=run.model,
+        step_fn=run.step_fn,
+        optimizer=run.optimizer,
+        batches=run.batches,
+        total_steps=run.total_steps,
+        rate=lambda step: learning_rate(step, run.total_steps, recipe.optimizer.lr, recipe.schedule),
         max_grad_norm=recipe.max_grad_norm,
-        world=parts.world,
+        world=run.world,
         due=Due(recipe.logging.every, recipe.eval.every, recipe.checkpoint.every),
         hooks=hooks,
         throughput=Throughput(
-            parts.world.size,
-            flops_per_token=parts.flops_per_token,
+            run.world.size,
+            flops_per_token=run.flops_per_token,
             peak_tflops=peak_tflops(),
-            baseline_tokens_per_sec=_baseline(parts),
+            baseline_tokens_per_sec=_baseline(run),
         ),
         rules=rules,
     )
 
 
-def _baseline(parts: Parts) -> float | None:
+def _baseline(run: Run) -> float | None:
     """Tokens per second of one device, for rank 0's rows of a run on several."""
-    if parts.world.rank != 0 or parts.world.size == 1:
+    if run.world.rank != 0 or run.world.size == 1:
         return None
-    return read_baseline(Path(parts.recipe.output_dir), baseline_facts(parts))
+    return read_baseline(Path(run.recipe.output_dir), baseline_facts(run))
 
 
 def _end(
-    parts: Parts, folder: CheckpointFolder, metrics: Metrics, progress: Progress, number: int, rules: StopRules
+    run: Run, folder: CheckpointFolder, metrics: Metrics, progress: Progress, number: int, rules: StopRules
 ) -> RunResult:
     """Write the result of a run that has come to its end, and say how it ended."""
     again = "the same command goes on from there"
-    left = RunResult(Path(parts.recipe.output_dir), result_path(parts), progress.step, number)
+    left = RunResult(Path(run.recipe.output_dir), result_path(run), progress.step, number)
     if rules.is_given_up(progress):
         metrics.abandon()
-        if parts.world.rank == 0:
-            print(f"error: {given_up(parts, progress)}", file=sys.stderr)
+        if run.world.rank == 0:
+            print(f"error: {given_up(run, progress)}", file=sys.stderr)
         return replace(left, signal=0, is_given_up=True)
     if number:
         metrics.message(f"Stopped by signal {number} after step {progress.step}; {again}.")
         return replace(left, metrics=metrics.close())
-    with parts.world.progress.long_phase("saving"):
-        weights_step = finish(parts, folder, progress, metrics.message)
-    if progress.step < parts.total_steps:
-        metrics.message(f"Stopped early after step {progress.step}: {without_gain(parts)}.")
-    metrics.message(f"Done: {result_path(parts)}{of_step(parts, progress, weights_step)}")
-    peaks = memory_of_ranks(parts.world)
+    with run.world.progress.long_phase("saving"):
+        weights_step = finish(run, folder, progress, metrics.message)
+    if progress.step < run.total_steps:
+        metrics.message(f"Stopped early after step {progress.step}: {without_gain(run)}.")
+    metrics.message(f"Done: {result_path(run)}{of_step(run, progress, weights_step)}")
+    peaks = memory_of_ranks(run.world)
     if peaks:
         metrics.message(f"Peak memory of the ranks: {', '.join(f'{peak:.3g}' for peak in peaks.values())} GiB")
-    best = {"best/step": progress.best_step} if parts.recipe.eval.patience else {}
+    best = {"best/step": progress.best_step} if run.recipe.eval.patience else {}
     return replace(left, metrics=metrics.close(peaks | best))
 
 
 def _already_finished(
-    parts: Parts, folder: CheckpointFolder, progress: Progress, differences: list[str]
+    run: Run, folder: CheckpointFolder, progress: Progress, differences: list[str]
 ) -> RunResult:
     """Nothing is left to train. A run killed between its last checkpoint and its result still owes the result."""
-    if not is_written(parts, progress):
-        finish(parts, folder, progress, print)
-    output_dir = Path(parts.recipe.output_dir)
-    if parts.world.rank == 0:
+    if not is_written(run, progress):
+        finish(run, folder, progress, print)
+    output_dir = Path(run.recipe.output_dir)
+    if run.world.rank == 0:
         how = f"{progress.step} steps"
-        if progress.step < parts.total_steps:
-            how += f", {without_gain(parts)}"
+        if progress.step < run.total_steps:
+            how += f", {without_gain(run)}"
         if differences:
             how += f"; {'; '.join(differences)}"
         print(
@@ -290,21 +290,21 @@ def _already_finished(
             "checkpoint.resume=none."
         )
     metrics = {key: value for row in read_rows(output_dir / "metrics.jsonl") for key, value in row.items()}
-    return RunResult(output_dir, result_path(parts), progress.step, metrics=metrics)
+    return RunResult(output_dir, result_path(run), progress.step, metrics=metrics)
 
 
-def _evaluation(parts: Parts, metrics: Metrics, callbacks: Callbacks) -> Callable[[int], dict[str, float]]:
-    if parts.splits.valid is None:
+def _evaluation(run: Run, metrics: Metrics, callbacks: Callbacks) -> Callable[[int], dict[str, float]]:
+    if run.opened.splits.valid is None:
         return lambda step: {}
-    evaluator = parts.evaluator(parts.splits.valid)
+    evaluator = run.evaluator(run.opened.splits.valid)
 
     def evaluate(step: int) -> dict[str, float]:
-        with parts.world.progress.long_phase("evaluation"):
+        with run.world.progress.long_phase("evaluation"):
             measured, answers = evaluator.run()
         metrics.log({STEP_KEY: step} | measured)
         if answers:
             metrics.samples(step, [answer.as_sample() for answer in answers])
-        clear_large_cache(parts.recipe.limits)
+        clear_large_cache(run.recipe.limits)
         callbacks.on_eval(step, measured)
         return measured
 

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from trainer.bench.baseline import BaselineSink, baseline_facts
-from trainer.build import Parts
+from trainer.build import Run
 from trainer.files.storage import atomic_file, write_json
 from trainer.machine.facts import MACHINE_FILE, machine_facts
 from trainer.metrics.rows import JsonlSink, Metrics
@@ -17,20 +17,20 @@ from trainer.recipe.paths import found_from_anywhere
 from trainer.training.requests import Stop
 
 
-def open_metrics(parts: Parts, output_dir: Path | None, step: int, stop: Stop) -> Metrics:
+def open_metrics(run: Run, output_dir: Path | None, step: int, stop: Stop) -> Metrics:
     """Rank 0's sinks; none on other ranks. Also keeps the resolved recipe and the machine's facts beside them."""
     if output_dir is None:
         return Metrics([])
-    recipe, world = parts.recipe, parts.world
+    recipe, world = run.recipe, run.world
     output_dir.mkdir(parents=True, exist_ok=True)
     with atomic_file(output_dir / "recipe.yaml") as file:
         file.write_text(to_yaml(found_from_anywhere(recipe)))
     with atomic_file(output_dir / MACHINE_FILE) as file:
-        write_json(file, machine_facts(world.size, world.backend, asdict(parts.sizes)))
-    terminal = TerminalSink(parts.total_steps, step, on_closed=stop.reader_gone)
+        write_json(file, machine_facts(world.size, world.backend, asdict(run.opened.sizes)))
+    terminal = TerminalSink(run.total_steps, step, on_closed=stop.reader_gone)
     rows = JsonlSink(output_dir / "metrics.jsonl", step or None, notice=terminal.message)
     wandb = _open_wandb(recipe, output_dir, step, terminal.message)
-    baseline = BaselineSink(output_dir, baseline_facts(parts)) if world.size == 1 else None
+    baseline = BaselineSink(output_dir, baseline_facts(run)) if world.size == 1 else None
     return Metrics([rows, terminal, *filter(None, (wandb, baseline))], rows.kept)
 
 

@@ -14,12 +14,12 @@ def main(arguments: argparse.Namespace) -> int:
     world = comm.init()
     end_on_interrupt(world)
     recipe = shared_recipe(world, arguments.target, arguments.overrides)
-    parts = build(recipe, world, notice_on_stderr(world))
-    rows = parts.splits.train if arguments.split == "train" else parts.splits.valid
+    run = build(recipe, world, notice_on_stderr(world))
+    rows = run.opened.splits.train if arguments.split == "train" else run.opened.splits.valid
     if rows is None:
         raise AgreedUserError(f"{arguments.target!r} was trained without validation rows; set data.valid=PATH.")
-    load_result(parts, arguments.target, notice_on_stderr(parts.world))
-    measured, _ = parts.evaluator(rows).run()
+    load_result(run, arguments.target, notice_on_stderr(run.world))
+    measured, _ = run.evaluator(rows).run()
     if world.rank == 0:
         print(f"{arguments.target}, {arguments.split} split, {len(rows)} rows")
         for name, value in measured.items():

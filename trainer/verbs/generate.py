@@ -14,7 +14,7 @@ from mlx_lm.sample_utils import make_sampler
 
 import comm
 from trainer.agreement import end_on_interrupt
-from trainer.build import Parts, build
+from trainer.build import Run, build
 from trainer.data import training_format
 from trainer.generation.answers import answer_rows
 from trainer.metrics.streams import harmless
@@ -31,45 +31,45 @@ def main(arguments: argparse.Namespace) -> int:
     recipe = shared_recipe(world, arguments.target, arguments.overrides)
     if arguments.max_new_tokens:
         recipe = replace(recipe, eval=replace(recipe.eval, max_new_tokens=arguments.max_new_tokens))
-    parts = build(recipe, world, notice_on_stderr(world))
+    run = build(recipe, world, notice_on_stderr(world))
     if arguments.rows:
-        _compare_rows(parts, arguments)
+        _compare_rows(run, arguments)
         return 0
-    load_result(parts, arguments.target, notice_on_stderr(parts.world))
-    parts.model.eval()
+    load_result(run, arguments.target, notice_on_stderr(run.world))
+    run.model.eval()
     mx.random.seed(recipe.seed)  # ranks that share one model must draw the same tokens
     if arguments.prompt is not None:
-        _answer(parts, [{"role": "user", "content": arguments.prompt}], arguments.temperature)
+        _answer(run, [{"role": "user", "content": arguments.prompt}], arguments.temperature)
         return 0
-    return _chat(parts, arguments.temperature)
+    return _chat(run, arguments.temperature)
 
 
-def _compare_rows(parts: Parts, arguments: argparse.Namespace) -> None:
+def _compare_rows(run: Run, arguments: argparse.Namespace) -> None:
     """Held-out rows, answered before and after training."""
-    rows = parts.splits.valid
+    rows = run.opened.splits.valid
     if rows is None:
         raise AgreedUserError(f"{arguments.target!r} was trained without validation rows; set data.valid=PATH.")
-    limit = parts.recipe.eval.max_new_tokens
+    limit = run.recipe.eval.max_new_tokens
     chosen = [i for i in range(len(rows)) if rows.prompt(i) is not None][: arguments.rows]
     if not chosen:
         raise AgreedUserError("The validation rows are plain text, without an answer to compare with; use --prompt.")
-    before = answer_rows(parts.model, parts.tokenizer, rows, chosen, limit, parts.answer_group)
-    load_result(parts, arguments.target, notice_on_stderr(parts.world))
-    after = answer_rows(parts.model, parts.tokenizer, rows, chosen, limit, parts.answer_group)
-    if parts.world.rank != 0:
+    before = answer_rows(run.model, run.opened.tokenizer, rows, chosen, limit, run.answer_group)
+    load_result(run, arguments.target, notice_on_stderr(run.world))
+    after = answer_rows(run.model, run.opened.tokenizer, rows, chosen, limit, run.answer_group)
+    if run.world.rank != 0:
         return
     for base, tuned in zip(before, after):
         print(harmless(f"prompt    {tuned.prompt}\nexpected  {tuned.expected}\nbase      {base.given.strip()}"))
         print(harmless(f"tuned     {tuned.given.strip()}\n"))
 
 
-def _chat(parts: Parts, temperature: float) -> int:
+def _chat(run: Run, temperature: float) -> int:
     """Answer each line that rank 0 reads, keeping the conversation where the rows are chats; ends with the input."""
     messages: list[dict[str, str]] = []
-    is_chat = training_format(parts.recipe.data, parts.recipe.seed) == "chat"
-    for line in _typed_lines(parts.world):
+    is_chat = training_format(run.recipe.data, run.recipe.seed) == "chat"
+    for line in _typed_lines(run.world):
         messages = [*(messages if is_chat else []), {"role": "user", "content": line}]
-        messages.append({"role": "assistant", "content": _answer(parts, messages, temperature)})
+        messages.append({"role": "assistant", "content": _answer(run, messages, temperature)})
     return 0
 
 
@@ -95,20 +95,20 @@ def _read_line() -> str:
     return sys.stdin.readline()
 
 
-def _answer(parts: Parts, messages: list[dict[str, str]], temperature: float) -> str:
+def _answer(run: Run, messages: list[dict[str, str]], temperature: float) -> str:
     """Generate the next answer, printing as it comes; prompts are written as the training rows were."""
-    tokenizer = parts.tokenizer
-    if training_format(parts.recipe.data, parts.recipe.seed) == "chat":
+    tokenizer = run.opened.tokenizer
+    if training_format(run.recipe.data, run.recipe.seed) == "chat":
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
     else:
         prompt = tokenizer.encode(messages[-1]["content"])
     text = ""
     sampler = make_sampler(temp=temperature)
-    limit = parts.recipe.eval.max_new_tokens
-    for response in stream_generate(parts.model, tokenizer, prompt, max_tokens=limit, sampler=sampler):
+    limit = run.recipe.eval.max_new_tokens
+    for response in stream_generate(run.model, tokenizer, prompt, max_tokens=limit, sampler=sampler):
         text += response.text
-        if parts.world.rank == 0:
+        if run.world.rank == 0:
             print(harmless(response.text), end="", flush=True)
-    if parts.world.rank == 0:
+    if run.world.rank == 0:
         print()
     return text

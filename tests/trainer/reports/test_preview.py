@@ -10,10 +10,9 @@ import numpy as np
 from data_support import write_rows
 from rich.console import Console
 
-from comm import solo
 from trainer.__main__ import main
-from trainer.build import open_parts
 from trainer.memory.shapes import open_shapes
+from trainer.opening import open_recipe
 from trainer.recipe.load import recipe_from
 from trainer.recipe.rules import resolve_mesh
 from trainer.reports.preview import Preview, preview
@@ -70,9 +69,9 @@ def test_figures_are_those_of_the_plan(tmp_path):
     found = shown(tmp_path, rows, packing=True, val_fraction=0.1)
     facts = dict(found.facts)
     made = recipe(tmp_path / "rows.jsonl", packing=True, val_fraction=0.1)
-    parts = open_parts(made, solo(), resolve_mesh(made.parallel, 1), lambda line: None, open_shapes)
-    train = parts.splits.train
-    plan = parts.plan(train, 2, made.seed, 0)
+    opened = open_recipe(made, resolve_mesh(made.parallel, 1), lambda line: None, open_shapes)
+    train = opened.splits.train
+    plan = opened.plan(train, 2, made.seed, 0)
     slots = sum(2 * batch.length for batch in plan)
     assert facts["rows"] == "10" and facts["steps per epoch"] == str(len(plan))
     assert facts["padding"] == f"{100 * (1 - train.lengths.sum() / slots):.1f} % of {slots:,} positions"
@@ -83,7 +82,7 @@ def test_figures_are_those_of_the_plan(tmp_path):
         assert sum(document.num_tokens for document in line.documents) + line.num_padding == 96
     for document in documents:
         text = "".join(piece.text for piece in document.pieces)
-        assert text == parts.tokenizer.decode(train.tokens(document.row).tolist())
+        assert text == opened.tokenizer.decode(train.tokens(document.row).tolist())
     assert sum(count for _, _, count in found.histogram) == 10
     assert [document.row for document in found.longest] == np.argsort(-train.lengths, kind="stable")[:5].tolist()
     valid = preview(made, "mine", "valid", 9, world=1)

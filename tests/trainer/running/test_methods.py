@@ -44,10 +44,10 @@ def recipe_folder(recipe):
 
 def trained_logits(recipe):
     """Logits of the trainer's own model with the run's result in it."""
-    parts = build(recipe, comm.solo(), lambda line: None)
-    load_result(parts, recipe.output_dir, lambda line: None)
-    parts.model.eval()
-    return parts.model(TOKENS)
+    built = build(recipe, comm.solo(), lambda line: None)
+    load_result(built, recipe.output_dir, lambda line: None)
+    built.model.eval()
+    return built.model(TOKENS)
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "full", "qlora"])
@@ -62,10 +62,10 @@ def test_method_learns_and_writes_what_was_trained(rows, tmp_path, name, method)
     )
     losses = run(recipe)
     assert all(map(math.isfinite, losses)) and losses[-1] < losses[0]
-    parts = build(recipe, comm.solo(), lambda line: None)
-    names = {n.rsplit(".", 1)[-1] for n, _ in tree_flatten(parts.model.trainable_parameters())}
+    built = build(recipe, comm.solo(), lambda line: None)
+    names = {n.rsplit(".", 1)[-1] for n, _ in tree_flatten(built.model.trainable_parameters())}
     assert names == {"lora": {"lora_a", "lora_b"}, "qlora": {"lora_a", "lora_b"}, "dora": {"lora_a", "lora_b", "m"}}.get(
-        method, {n.rsplit(".", 1)[-1] for n, _ in tree_flatten(parts.model.parameters())}
+        method, {n.rsplit(".", 1)[-1] for n, _ in tree_flatten(built.model.parameters())}
     )
 
 
@@ -105,8 +105,8 @@ def test_bfloat16_keeps_master_weights(rows, tmp_path):
     model = model_section("llama") | {"dtype": "bfloat16"}
     optimizer = {"lr": 1e-5, "weight_decay": 0.0}
     recipe = tiny_recipe(rows, tmp_path, "llama", model=model, method="full", max_steps=3, optimizer=optimizer)
-    parts = build(recipe, comm.solo(), lambda line: None)
-    before = dict(parts.optimizer.master)
+    built = build(recipe, comm.solo(), lambda line: None)
+    before = dict(built.optimizer.master)
     run(recipe)
     state = json.loads((tmp_path / "checkpoints" / "step-0000003" / "state.json").read_text())
     assert state["state"]["num_updates"] == 3

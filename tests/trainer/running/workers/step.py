@@ -17,10 +17,9 @@ from trainer.recipe.load import recipe_from
 
 def measure(values: dict, world: comm.Group, compile_step: bool = False) -> dict[str, mx.array]:
     """Gradients by name, with `loss`, `norm` and `num_tokens` among them."""
-    parts = build(recipe_from(values), world, lambda line: None)
-    parts.compile_step = compile_step
-    loss, grads, num_tokens = parts.step_fn(parts.batches.make(0).arrays())
-    _, norm = clip_grad_norm(grads, None, parts.model)
+    run = build(recipe_from(values), world, lambda line: None, compile_step=compile_step)
+    loss, grads, num_tokens = run.step_fn(run.batches.make(0).arrays())
+    _, norm = clip_grad_norm(grads, None, run.model)
     return {"loss": loss, "norm": norm, "num_tokens": num_tokens} | dict(tree_flatten(grads))
 
 
