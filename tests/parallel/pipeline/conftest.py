@@ -8,12 +8,9 @@ from typing import Any
 
 import pytest
 
-from ranks import ROOT, run_ranks, slowness
+from ranks import run_ranks, slowness
 
 HERE = Path(__file__).parent
-# The tiny models and the loss are those of the tensor-parallel tests.
-sys.path.insert(0, str(ROOT / "tests" / "parallel" / "tensor"))
-
 from mesh_launch import CHECKS, LAUNCHES, PATHS, TIMEOUT_SECONDS, Launch
 
 from mesh_cases import to_json

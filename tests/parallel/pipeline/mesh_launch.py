@@ -8,7 +8,7 @@ from mesh_cases import Case
 from ranks import ROOT
 
 HERE = Path(__file__).parent
-PATHS = os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "helpers", ROOT / "tests" / "parallel" / "tensor", ROOT / "tests" / "comm", HERE)))
+PATHS = os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "helpers", HERE)))
 TIMEOUT_SECONDS = 300
 CHECKS = [
     "generation",

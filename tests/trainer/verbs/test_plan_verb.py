@@ -4,8 +4,8 @@ import json
 
 import mlx.core as mx
 import pytest
-from test_placement import CONFIGS, QWEN3, make
 
+from planned_models import CONFIGS, QWEN3, make
 from trainer.__main__ import main
 from trainer.recipe.rules import MeshSizes
 from trainer.verbs.plan import GIB, Machine, Planner

@@ -2,20 +2,19 @@
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten
-from tensor_models import METHODS, make_model, prepare
 
 from parallel import clip_grad_norm, cross_entropy, hidden_and_head, value_and_grad
 from ranks import ROOT
+from tensor_models import METHODS, make_model, prepare
 
 # Where the workers find what they import.
-PATHS = os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "helpers", Path(__file__).parent)))
+PATHS = os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "helpers", ROOT / "tests" / "parallel" / "tensor")))
 TIMEOUT_SECONDS = 300
 NUM_STEPS = 20
 ROWS, TOKENS = 2, 13
