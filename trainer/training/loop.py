@@ -43,6 +43,19 @@ class Due:
     checkpoint: int
 
 
+@dataclass(frozen=True)
+class Request:
+    """What was asked of a run from outside.
+
+    Attributes:
+        signal: Number of the signal that is to end it, or 0.
+        checkpoint: Whether a checkpoint is wanted now.
+    """
+
+    signal: int = 0
+    checkpoint: bool = False
+
+
 @dataclass
 class Hooks:
     """What the loop calls; every rank calls the same ones at the same steps.
@@ -100,6 +113,7 @@ class Loop:
     rules: StopRules = StopRules()
     last_step: dict[str, float] = field(default_factory=dict)
     usual_compute: list[float] = field(default_factory=list)
+    _saved_step: int | None = field(default=None, init=False)
 
     def run(self, progress: Progress) -> int:
         """Train from `progress` to the end, or until a signal or one of the rules stops it.
@@ -107,41 +121,39 @@ class Loop:
         Returns:
             The number of the signal that ended the run, else 0. The last checkpoint is written in any case.
         """
-        signal = 0
-        last_saved = progress.step if progress.step else None
+        request = Request()
+        self._saved_step = progress.step or None
         self.throughput.restart()
         clock = StepTimes()
         for data in self.batches.steps(progress.step, self.total_steps):
             clock.end("data")
-            phases = self._phases(progress)
-            # With a row for every step there is no undisturbed one to count instead.
-            counted = phases is None or self.due.log == 1
-            with nullcontext() if counted else self.throughput.paused():
-                self._step(data, progress, clock, phases)
-            if counted:
-                self.throughput.add(data.num_tokens, data.num_rows, data.num_slots)
-            self.hooks.after_step(progress.step, clock.spans + (phases.spans if phases else []))
+            self._train(data, progress, clock)
             if self._is_due(self.due.log, progress):
                 self._log(progress)
-            is_best = False
-            if self._is_due(self.due.evaluate, progress):
-                with self.throughput.paused():
-                    loss = self.hooks.evaluate(progress.step).get("eval/loss")
-                is_best = self.rules.note_validation(progress, loss)
-            signal, wanted = self._agreed_requests()
-            stop = signal or self.rules.is_given_up(progress) or self.rules.is_patience_used_up(progress)
-            if stop or wanted or is_best or self._is_due(self.due.checkpoint, progress):
-                with self.throughput.paused():
-                    self.hooks.save(progress)
-                last_saved = progress.step
-            if stop:
+            is_best = self._is_due(self.due.evaluate, progress) and self._validate(progress)
+            request = self._agreed_request()
+            is_over = bool(request.signal) or self.rules.is_over(progress)
+            if is_over or request.checkpoint or is_best or self._is_due(self.due.checkpoint, progress):
+                self._save(progress)
+            if is_over:
                 break
             clock = StepTimes()
-        if last_saved != progress.step:
-            self.hooks.save(progress)
-        return signal
+        if self._saved_step != progress.step:
+            self._save(progress)
+        return request.signal
 
-    def _step(self, data: StepData, progress: Progress, clock: StepTimes, phases: StepTimes | None) -> None:
+    def _train(self, data: StepData, progress: Progress, clock: StepTimes) -> None:
+        """One update, counted in the throughput unless it is measured in phases."""
+        phases = self._phases(progress)
+        # With a row for every step there is no undisturbed one to count instead.
+        is_counted = phases is None or self.due.log == 1
+        with nullcontext() if is_counted else self.throughput.paused():
+            self._update(data, progress, clock, phases)
+        if is_counted:
+            self.throughput.add(data.num_tokens, data.num_rows, data.num_slots)
+        self.hooks.after_step(progress.step, clock.spans + (phases.spans if phases else []))
+
+    def _update(self, data: StepData, progress: Progress, clock: StepTimes, phases: StepTimes | None) -> None:
         """One update, or a counted skip when loss or norm is not finite (equal on all ranks, being reduced)."""
         loss, grads, norm, num_targets = clipped_gradients(
             self.step_fn, data.arrays(), self.max_grad_norm, self.model, phases
@@ -185,14 +197,25 @@ class Loop:
         progress.window_loss, progress.window_tokens = 0.0, 0
         self.hooks.log(row | self.last_step | self.throughput.row() | memory_row())
 
+    def _validate(self, progress: Progress) -> bool:
+        """Measure the model; whether this is the best validation so far, and its checkpoint is to be kept."""
+        with self.throughput.paused():
+            loss = self.hooks.evaluate(progress.step).get("eval/loss")
+        return self.rules.note_validation(progress, loss)
+
+    def _save(self, progress: Progress) -> None:
+        with self.throughput.paused():
+            self.hooks.save(progress)
+        self._saved_step = progress.step
+
     def _is_due(self, every: int, progress: Progress) -> bool:
         return progress.step == self.total_steps or (every > 0 and progress.step % every == 0)
 
-    def _agreed_requests(self) -> tuple[int, int]:
-        """The signal that any rank received, and whether one was asked for a checkpoint.
+    def _agreed_request(self) -> Request:
+        """What any rank was asked for. One message after every step, so that all ranks act at the same one.
 
-        One message after every step, so that all ranks act at the same one. A signal outranks a checkpoint, which
-        it brings anyway.
+        A signal outranks a checkpoint, which it brings anyway.
         """
         own = 2 * self.hooks.stop_signal() + self.hooks.checkpoint_wanted()
-        return divmod(int(self.world.all_max(mx.array(own, dtype=mx.int32)).item()), 2)
+        signal, checkpoint = divmod(int(self.world.all_max(mx.array(own, dtype=mx.int32)).item()), 2)
+        return Request(signal, bool(checkpoint))

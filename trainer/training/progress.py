@@ -83,6 +83,10 @@ class StopRules:
         progress.bad_evals += 1
         return False
 
+    def is_over(self, progress: Progress) -> bool:
+        """Whether one of the rules ends the run."""
+        return self.is_given_up(progress) or self.is_patience_used_up(progress)
+
     def is_patience_used_up(self, progress: Progress) -> bool:
         """Whether the validation loss has not become better for long enough."""
         return self.patience is not None and progress.bad_evals >= self.patience
