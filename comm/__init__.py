@@ -19,7 +19,7 @@ _HOME = {
     "Group": "group",
     "LinkFit": "link",
     "Mesh": "mesh",
-    "MeshShape": "mesh",
+    "MeshShape": "mesh_shape",
     "init": "backend",
     "is_lost_peer": "ending",
     "leave": "ending",

@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from trainer.machine.blas import load_fast_blas
 from trainer.machine.errors import translated
 from trainer.metrics.streams import turn_off_stdout
+from trainer.nearest import nearest
 from trainer.recipe.problems import (
     USER_ERRORS,
     AgreedError,
     RecipeError,
     listing,
-    nearest,
     sentence,
 )
 from trainer.verbs.shipped import recipes_folder

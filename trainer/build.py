@@ -32,7 +32,7 @@ from trainer.model.lora import DropoutKeys, LoRASpec, limits_on_experts
 from trainer.model.method import prepare_model
 from trainer.opening import Opened, open_recipe
 from trainer.recipe.config import ParallelConfig, Recipe
-from trainer.recipe.rules import MeshSizes, resolve_mesh
+from trainer.recipe.rules import resolve_mesh
 from trainer.training.batches import Share, TrainingBatches
 from trainer.training.evaluation import Evaluator
 from trainer.training.loss import TokenLoss
@@ -180,7 +180,7 @@ def build(
     keys = DropoutKeys()
     opened, adapter, flops_per_token = together(world, partial(_open_and_prepare, recipe, sizes, keys, notice))
     model = opened.base.model
-    mesh = comm.Mesh.build(comm.MeshShape(**asdict(sizes)), world, recipe.parallel.backend)
+    mesh = comm.Mesh.build(sizes, world, recipe.parallel.backend)
     wrap(model, recipe.parallel, mesh)
     checkpoint_layers(model.layers, recipe.gradient_checkpointing)
     model.train()
@@ -198,7 +198,7 @@ def build(
 
 
 def _open_and_prepare(
-    recipe: Recipe, sizes: MeshSizes, keys: DropoutKeys, notice: Notice
+    recipe: Recipe, sizes: comm.MeshShape, keys: DropoutKeys, notice: Notice
 ) -> tuple[Opened, LoRASpec | None, float]:
     """All that a rank builds without the others: a model with its adapters, these, and operations per token."""
     opened = open_recipe(recipe, sizes, notice)

@@ -11,6 +11,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from comm import MeshShape
 from trainer.agreement import Notice
 from trainer.data import (
     PlannedBatch,
@@ -26,7 +27,7 @@ from trainer.layers.segments import packing_supported
 from trainer.model.loading import BaseModel, num_embeddings, open_model, open_tokenizer
 from trainer.recipe.config import ModelConfig, Recipe
 from trainer.recipe.paths import require_paths
-from trainer.recipe.rules import BatchSizes, MeshSizes, resolve_batch
+from trainer.recipe.rules import BatchSizes, resolve_batch
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Opened:
     """
 
     recipe: Recipe
-    sizes: MeshSizes
+    sizes: MeshShape
     batch: BatchSizes
     tokenizer: TokenizerWrapper
     splits: Splits
@@ -73,7 +74,7 @@ class Opened:
 
 def open_recipe(
     recipe: Recipe,
-    sizes: MeshSizes,
+    sizes: MeshShape,
     notice: Notice,
     open_base: Callable[[ModelConfig, int, int], BaseModel] = open_model,
 ) -> Opened:

@@ -24,6 +24,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
 }
 # The trainer's floors, the lowest first: a folder imports from its own line and from those above it here.
 TRAINER = (
+    ("nearest",),
     ("data", "recipe", "files"),
     ("agreement",),
     ("layers", "metrics", "machine"),
@@ -38,7 +39,7 @@ TRAINER = (
     ("verbs",),
     ("__main__",),
 )
-ALONE = ("data", "recipe", "files")  # import nothing of the trainer but themselves
+ALONE = ("data", "recipe", "files")  # import nothing of the trainer but themselves and the lowest floor
 BELOW_TRAINER = ("comm", "trainer/__init__", "parallel/__init__", "parallel/tensor", "parallel/pipeline")
 COLLECTIVES = {
     "all_sum", "all_max", "all_min", "all_gather", "sum_scatter", "send", "recv", "recv_like",
@@ -80,8 +81,10 @@ def allowed_from(folder: str) -> set[str]:
     if folder in FLOORS:
         return set(FLOORS[folder])
     name = folder.removeprefix("trainer/")
-    if name in ("__init__", *ALONE):
+    if name in ("__init__", "nearest"):
         return set()
+    if name in ALONE:
+        return {"trainer/nearest", "comm"}
     floor = next((number for number, names in enumerate(TRAINER) if name in names), None)
     assert floor is not None, f"{folder} has no floor: add it to TRAINER"
     return {f"trainer/{other}" for names in TRAINER[: floor + 1] for other in names} | set(BELOW_TRAINER)

@@ -4,11 +4,12 @@ A row becomes a `Document`: the text the model sees and the character spans that
 be read raise `BadRow` with the reason; where the row came from is the caller's to add.
 """
 
-import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
+
+from trainer.nearest import nearest
 
 from .chat import ChatTemplateError, assistant_turns, render_chat, require_tool_calls
 
@@ -67,8 +68,8 @@ def detect_format(row: Mapping[str, Any], columns: Mapping[str, str]) -> str:
         if all(columns.get(column, column) in row for column in needed):
             return name
     known = [column for needed in FORMATS.values() for column in needed]
-    near = [f"{column!r} is near {match[0]!r}" for column in row
-            if (match := difflib.get_close_matches(column, known, n=1))]
+    near = [f"{column!r} is near {match!r}" for column in row
+            if (match := nearest(column, known))]
     allowed = "; ".join(f"{name}: {' + '.join(needed)}" for name, needed in FORMATS.items())
     raise ValueError(
         f"No data format fits the columns {', '.join(map(repr, row)) or '(none)'}; needed are {allowed}."

@@ -3,13 +3,14 @@
 `open_split` finds a split of a source and gives the reader of its rows; nothing is read before it is iterated.
 """
 
-import difflib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from trainer.nearest import nearest
 
 from .files import SUFFIXES, RawRow, RowFile, open_file
 from .hub import open_hub_split
@@ -54,8 +55,8 @@ def parse_sources(value: Any, key: str) -> list[Source]:
         entry = dict(entry if isinstance(entry, Mapping) else vars(entry))
         allowed = list(Source.__dataclass_fields__)
         if unknown := [name for name in entry if name not in allowed]:
-            near = difflib.get_close_matches(unknown[0], allowed, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            near = nearest(unknown[0], allowed)
+            hint = f" Did you mean {near!r}?" if near else ""
             raise ValueError(f"{key}[{position}] has the key {unknown[0]!r}; allowed: {', '.join(allowed)}.{hint}")
         if not isinstance(entry.get("path"), str):
             raise ValueError(f"{key}[{position}] needs a path.")
@@ -106,8 +107,8 @@ def _nearest(missing: Path) -> str:
     while not folder.is_dir():
         folder = folder.parent
     wanted = missing.relative_to(folder).parts[0]
-    near = difflib.get_close_matches(wanted, [item.name for item in folder.iterdir()], n=1)
-    return f" Nearest name: {folder / near[0]}." if near else ""
+    near = nearest(wanted, (item.name for item in folder.iterdir()))
+    return f" Nearest name: {folder / near}." if near else ""
 
 
 @dataclass(frozen=True)

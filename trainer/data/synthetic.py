@@ -6,11 +6,12 @@ is ever an answer in training.
 `sql` and `sql-pipe` ask the same questions; the second answers them in pipe syntax (FROM first, one step a pipe).
 """
 
-import difflib
 import hashlib
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from trainer.nearest import nearest
 
 SPLIT_ROWS = {"train": 10000, "valid": 256, "test": 256}
 
@@ -74,8 +75,8 @@ def synthetic_rows(name: str, split: str, seed: int) -> list[dict[str, str]]:
         ValueError: for an unknown name or split, with the nearest known name.
     """
     if name not in DIALECTS:
-        near = difflib.get_close_matches(name, DIALECTS, n=1)
-        hint = f" Did you mean synthetic:{near[0]}?" if near else ""
+        near = nearest(name, DIALECTS)
+        hint = f" Did you mean synthetic:{near}?" if near else ""
         raise ValueError(f"Unknown data set synthetic:{name}; known: {', '.join(DIALECTS)}.{hint}")
     if split not in SPLIT_ROWS:
         raise ValueError(f"synthetic:{name} has no split {split!r}; allowed: {', '.join(SPLIT_ROWS)}.")

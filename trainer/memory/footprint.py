@@ -20,6 +20,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.lora import LoRASwitchLinear
 
+from comm import MeshShape
 from parallel import hidden_and_head
 from parallel.pipeline import check_stages, even_split, memory_split
 from trainer.memory.liveness import Buffer, Lifetimes, lifetimes
@@ -28,7 +29,6 @@ from trainer.memory.shapes import PlannedModel
 from trainer.memory.traced_graph import trace
 from trainer.model.lora import EXPERTS
 from trainer.recipe.config import Recipe
-from trainer.recipe.rules import MeshSizes
 from trainer.training.optim import Optimizer
 
 # Buffers of MLX's ring backend, and a bucket of gradients, per group; comm chooses buckets of about this size.
@@ -95,7 +95,7 @@ class Footprints:
             return memory_split(sizes, first, last, [1] * pp)
         return even_split(num_layers, pp)
 
-    def of(self, mesh: MeshSizes, accumulation: int) -> Footprint:
+    def of(self, mesh: MeshShape, accumulation: int) -> Footprint:
         """The footprint of the fullest rank.
 
         Args:
@@ -107,7 +107,7 @@ class Footprints:
         """
         return max((self.stage(mesh, accumulation, stage) for stage in range(mesh.pp)), key=lambda f: f.peak)
 
-    def stage(self, mesh: MeshSizes, accumulation: int, stage: int) -> Footprint:
+    def stage(self, mesh: MeshShape, accumulation: int, stage: int) -> Footprint:
         """The footprint of the ranks of one pipeline stage; arguments as for `of`."""
         parts = self.placement.rank(mesh, stage, self.split(mesh.pp))
         trained = [part for part in parts if part.trainable]
@@ -121,12 +121,12 @@ class Footprints:
         most = max(step + buffers, update + self._group_bytes(mesh))
         return Footprint(weights, gradients, optimizer, buffers, round(most - gradients - buffers))
 
-    def _gradient_item_bytes(self, part: Part, mesh: MeshSizes, accumulation: int) -> int:
+    def _gradient_item_bytes(self, part: Part, mesh: MeshShape, accumulation: int) -> int:
         """Gradients are added up in float32, over micro-batches and (by default) over ranks."""
         is_widened = accumulation > 1 or (mesh.dp > 1 and self.recipe.parallel.wire_dtype == "float32")
         return 4 if is_widened else part.dtype.size
 
-    def _buffers(self, mesh: MeshSizes, stage: int, trained: list[Part], gradients: int) -> int:
+    def _buffers(self, mesh: MeshShape, stage: int, trained: list[Part], gradients: int) -> int:
         total = self._group_bytes(mesh)
         if mesh.dp_replicate > 1:
             # The gradients before the sum stay until the last bucket is back.
@@ -135,12 +135,12 @@ class Footprints:
             total += self._gathered(mesh, stage)
         return total
 
-    def _group_bytes(self, mesh: MeshSizes) -> int:
+    def _group_bytes(self, mesh: MeshShape) -> int:
         return _GROUP_BYTES * sum(size > 1 for size in (mesh.dp_replicate, mesh.dp_shard, mesh.pp, mesh.tp))
 
-    def _gathered(self, mesh: MeshSizes, stage: int) -> int:
+    def _gathered(self, mesh: MeshShape, stage: int) -> int:
         """FSDP: the unit in use, gathered, with its gradients, and the gathered weights of the next, in either pass."""
-        whole = MeshSizes(1, 1, mesh.pp, mesh.tp)
+        whole = MeshShape(1, 1, mesh.pp, mesh.tp)
         weights: dict[int | str, int] = {}
         gradients: dict[int | str, int] = {}
         for part in self.placement.rank(whole, stage, self.split(mesh.pp)):
@@ -154,7 +154,7 @@ class Footprints:
         )
 
     def _step_peak(
-        self, mesh: MeshSizes, accumulation: int, stage: int, trained: list[Part], gradients: int
+        self, mesh: MeshShape, accumulation: int, stage: int, trained: list[Part], gradients: int
     ) -> float:
         """Most bytes of activations and gradients at any time of forward and backward."""
         whole_share = 1 / mesh.tp
@@ -173,7 +173,7 @@ class Footprints:
 
     def _pipeline_peak(
         self,
-        mesh: MeshSizes,
+        mesh: MeshShape,
         accumulation: int,
         stage: int,
         alive: np.ndarray,

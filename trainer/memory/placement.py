@@ -15,8 +15,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from comm import MeshShape
 from parallel.tensor import check_plan, find_blocks, find_named, plan_for
-from trainer.recipe.rules import MeshSizes
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
@@ -70,7 +70,7 @@ class Placement:
         self.num_layers = len(model.layers)
         self._tensor_parallel: dict[int, list[Part]] = {1: self.parts}
 
-    def rank(self, mesh: MeshSizes, stage: int, split: list[int]) -> list[Part]:
+    def rank(self, mesh: MeshShape, stage: int, split: list[int]) -> list[Part]:
         """The parts on a rank of pipeline stage `stage`; with FSDP those of its largest rank.
 
         Args:

@@ -17,6 +17,7 @@ from typing import Any
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from comm import MeshShape
 from parallel.pipeline import check_split, check_stages
 from parallel.tensor import check_plan, plan_for
 from trainer.files.storage import read_json
@@ -27,7 +28,6 @@ from trainer.model.lora import DropoutKeys
 from trainer.model.method import prepare_model
 from trainer.recipe.config import ModelConfig, Recipe
 from trainer.recipe.paths import require_paths
-from trainer.recipe.rules import MeshSizes
 from trainer.training.loss import TokenLoss
 
 _GROUP_SIZES = {"mxfp4": 32, "mxfp8": 32, "nvfp4": 16, "affine": 64}
@@ -92,7 +92,7 @@ def planned_model(recipe: Recipe) -> PlannedModel:
     return PlannedModel(base.model, TokenLoss(keys, is_packed), text_config, tuple(notices))
 
 
-def check_mesh(recipe: Recipe, mesh: MeshSizes) -> None:
+def check_mesh(recipe: Recipe, mesh: MeshShape) -> None:
     """Refuse a mesh that the model of a recipe cannot be divided over, from its config.
 
     Raises:

@@ -5,7 +5,6 @@ What differs: dropout masks are drawn from keys of (seed, step, row), so that ra
 and resume see the same masks. LoRA: Hu et al., arXiv 2106.09685. DoRA: Liu et al., arXiv 2402.09353.
 """
 
-import difflib
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner import dora, lora
+
+from trainer.nearest import nearest
 
 LINEARS = (nn.Linear, nn.QuantizedLinear)
 EXPERTS = (SwitchLinear, QuantizedSwitchLinear)
@@ -191,6 +192,6 @@ def _check_names(names: list[str], paths: list[str]) -> None:
     unknown = [n for n in names if n not in known]
     if unknown:
         last = sorted({p.rsplit(".", 1)[-1] for p in paths})
-        near = difflib.get_close_matches(unknown[0], last, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        near = nearest(unknown[0], last)
+        hint = f" Did you mean {near!r}?" if near else ""
         raise ValueError(f"lora.targets: {unknown} match no module; this model has {last}.{hint}")

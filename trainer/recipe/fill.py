@@ -13,7 +13,8 @@ import types
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from trainer.recipe.problems import Problem, listing, nearest
+from trainer.nearest import nearest
+from trainer.recipe.problems import Problem, listing
 
 _REFUSED = object()  # stands for a value that has been reported
 _BOUNDS = {"minimum": ">=", "above": ">", "maximum": "<=", "below": "<"}

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from trainer.nearest import nearest
 from trainer.recipe.config import Recipe
 from trainer.recipe.fill import fill, walk
 from trainer.recipe.paths import found_beside
-from trainer.recipe.problems import Problem, RecipeError, nearest
+from trainer.recipe.problems import Problem, RecipeError
 from trainer.recipe.rules import check
 
 __all__ = ["Problem", "Recipe", "RecipeError", "load_recipe", "recipe_from", "to_yaml"]

@@ -11,8 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from trainer.nearest import nearest
 from trainer.recipe.config import DataSource, Recipe
-from trainer.recipe.problems import Problem, RecipeError, nearest
+from trainer.recipe.problems import Problem, RecipeError
 
 _FILE_ENDINGS = (".jsonl", ".json", ".parquet", ".csv")
 # What every rank reads from its own disk; a checkpoint is read by rank 0 alone.

@@ -5,7 +5,6 @@ Pure text, no parsing and no rules: those are in `trainer.recipe.fill` and `trai
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -97,12 +96,6 @@ def show(value: Any) -> str:
     text = words[value] if value is None or isinstance(value, bool) else str(value)
     text = "".join(c if c.isprintable() else "·" for c in " ".join(text.split())) or "''"
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def nearest(word: Any, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """The known word most like `word`, or an empty string when none is alike."""
-    matches = difflib.get_close_matches(str(word), list(known), n=1, cutoff=cutoff)
-    return matches[0] if matches else ""
 
 
 def listing(words: Iterable[str]) -> str:

@@ -11,33 +11,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from operator import attrgetter
 
+from comm import MeshShape
 from trainer.recipe.config import ParallelConfig, Recipe
 from trainer.recipe.paths import named_paths
 from trainer.recipe.problems import Problem, RecipeError, listing, show
 
-AXES = ("dp_replicate", "dp_shard", "pp", "tp")
-
-
-@dataclass(frozen=True)
-class MeshSizes:
-    """Ranks along each axis of the mesh."""
-
-    dp_replicate: int = 1
-    dp_shard: int = 1
-    pp: int = 1
-    tp: int = 1
-
-    @property
-    def dp(self) -> int:
-        """Ranks that see different rows."""
-        return self.dp_replicate * self.dp_shard
-
-    @property
-    def world(self) -> int:
-        return self.dp * self.pp * self.tp
-
-    def __str__(self) -> str:
-        return " * ".join(f"{axis}({getattr(self, axis)})" for axis in AXES)
+AXES = tuple(MeshShape.__dataclass_fields__)
 
 
 @dataclass(frozen=True)
@@ -53,7 +32,7 @@ class BatchSizes:
         return self.per_device * self.dp * self.accumulation
 
 
-def resolve_mesh(parallel: ParallelConfig, world: int) -> MeshSizes:
+def resolve_mesh(parallel: ParallelConfig, world: int) -> MeshShape:
     """The size of every axis for a number of ranks; -1 takes the ranks that are left.
 
     Raises:
@@ -65,7 +44,7 @@ def resolve_mesh(parallel: ParallelConfig, world: int) -> MeshSizes:
         if size == -1 and world % fixed == 0:
             sizes[axis] = world // fixed
     if -1 not in sizes.values() and math.prod(sizes.values()) == world:
-        return MeshSizes(**sizes)
+        return MeshShape(**sizes)
     equation = " * ".join(f"{axis}({size})" for axis, size in sizes.items())
     product = f"{equation} = {fixed}" if -1 not in sizes.values() else f"{equation} is a multiple of {fixed}"
     divisors = listing(str(n) for n in range(1, world + 1) if world % n == 0)

@@ -13,13 +13,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+from comm import MeshShape
 from trainer.machine.limits import GIB
 from trainer.memory.footprint import Footprint, Footprints
 from trainer.memory.shapes import PlannedModel, planned_model
 from trainer.model.flops import TokenFlops, token_flops
 from trainer.recipe.config import Recipe
 from trainer.recipe.load import load_recipe
-from trainer.recipe.rules import MeshSizes, resolve_batch, resolve_mesh
+from trainer.recipe.rules import resolve_batch, resolve_mesh
 
 # Part of a machine's memory that a run may count on; macOS lets a GPU wire about this much.
 _USABLE = 0.75
@@ -67,7 +68,7 @@ class Choice:
         seconds: estimated time of a step.
     """
 
-    mesh: MeshSizes
+    mesh: MeshShape
     accumulation: int
     footprint: Footprint
     sent_bytes: float
@@ -105,7 +106,7 @@ class Planner:
         self.machine = machine
         self.footprints = Footprints(recipe, planned)
 
-    def choice(self, mesh: MeshSizes, accumulation: int) -> Choice:
+    def choice(self, mesh: MeshShape, accumulation: int) -> Choice:
         """One mesh with its footprint and cost.
 
         Raises:
@@ -119,7 +120,7 @@ class Planner:
         seconds = compute + sent / self.machine.link_bytes + messages * self.machine.message_seconds
         return Choice(mesh, accumulation, footprint, sent, seconds)
 
-    def others(self, mesh: MeshSizes, accumulation: int) -> tuple[list[Choice], list[str]]:
+    def others(self, mesh: MeshShape, accumulation: int) -> tuple[list[Choice], list[str]]:
         """The other meshes with the same ranks and the same global batch, and why some were left out."""
         choices: list[Choice] = []
         refused: dict[str, str] = {}
@@ -141,7 +142,7 @@ class Planner:
         """Whether the fullest rank stays within the machine's memory."""
         return choice.footprint.peak <= self.machine.memory_bytes
 
-    def _traffic(self, mesh: MeshSizes, accumulation: int) -> tuple[float, float]:
+    def _traffic(self, mesh: MeshShape, accumulation: int) -> tuple[float, float]:
         """Bytes that the busiest rank sends in a step, and the number of messages.
 
         All-reduce of n bytes over r ranks: 2 n (r - 1) / r. Per micro-batch: FSDP gathers each weight for
@@ -149,7 +150,7 @@ class Planner:
         and their gradients on.
         """
         parts = self.footprints.placement.rank(
-            MeshSizes(1, 1, mesh.pp, mesh.tp), 0, self.footprints.split(mesh.pp)
+            MeshShape(1, 1, mesh.pp, mesh.tp), 0, self.footprints.split(mesh.pp)
         )
         wire_item = {"float32": 4, "bfloat16": 2}.get(self.recipe.parallel.wire_dtype, 2)
         gradients = sum(part.size * wire_item for part in parts if part.trainable)
@@ -170,7 +171,7 @@ class Planner:
             messages += 2 * accumulation
         return sent, messages
 
-    def _flops(self, mesh: MeshSizes, accumulation: int) -> float:
+    def _flops(self, mesh: MeshShape, accumulation: int) -> float:
         """Of one step over all ranks, the recomputed layers' second forward pass included."""
         token = self._token_flops
         checkpointing = int(self.recipe.gradient_checkpointing)
@@ -187,15 +188,15 @@ class Planner:
         return self.recipe.batch_size_per_device * self.recipe.data.max_seq_len
 
 
-def meshes(world: int) -> Iterator[MeshSizes]:
+def meshes(world: int) -> Iterator[MeshShape]:
     """All meshes of `world` ranks."""
     for tp in _divisors(world):
         for pp in _divisors(world // tp):
             for dp_shard in _divisors(world // tp // pp):
-                yield MeshSizes(world // tp // pp // dp_shard, dp_shard, pp, tp)
+                yield MeshShape(world // tp // pp // dp_shard, dp_shard, pp, tp)
 
 
-def mesh_name(mesh: MeshSizes) -> str:
+def mesh_name(mesh: MeshShape) -> str:
     """The axes in use, as overrides name them."""
     axes = {axis: getattr(mesh, axis) for axis in ("dp_replicate", "dp_shard", "pp", "tp")}
     return " ".join(f"{axis}={size}" for axis, size in axes.items() if size > 1) or "one rank"

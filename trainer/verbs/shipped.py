@@ -6,7 +6,7 @@ import argparse
 import shutil
 from pathlib import Path
 
-from trainer.recipe.problems import nearest
+from trainer.nearest import nearest
 
 SCHEMA_NAME = "recipe.schema.json"
 

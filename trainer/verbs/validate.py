@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 
+from comm import MeshShape
 from trainer.recipe.config import Recipe
 from trainer.recipe.load import load_recipe, to_yaml
 from trainer.recipe.paths import is_local, missing_paths, named_paths
 from trainer.recipe.problems import RecipeError
-from trainer.recipe.rules import MeshSizes, resolve_batch, resolve_mesh, warnings
+from trainer.recipe.rules import resolve_batch, resolve_mesh, warnings
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -30,7 +31,7 @@ def main(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _check_mesh(recipe: Recipe, mesh: MeshSizes) -> None:
+def _check_mesh(recipe: Recipe, mesh: MeshShape) -> None:
     """Whether the model can be divided so, where its config is at hand: heads, layers, architecture."""
     path = recipe.model.path
     if (mesh.tp > 1 or mesh.pp > 1) and (path is None or is_local(path)):

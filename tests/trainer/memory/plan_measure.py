@@ -45,7 +45,7 @@ def measure(recipe: Recipe, world: comm.Group, accumulation: int) -> Measured:
     model = real.model
     # Drawing random weights would take longer than the steps.
     model.update(tree_map(lambda p: mx.full(p.shape, 0.01, dtype=p.dtype), model.parameters()))
-    mesh = comm.Mesh.build(comm.MeshShape(**asdict(sizes)), world)
+    mesh = comm.Mesh.build(sizes, world)
     plan = footprints.stage(sizes, accumulation, mesh.pp.rank)
     wrap(model, recipe.parallel, mesh)
     checkpoint_layers(model.layers, recipe.gradient_checkpointing)

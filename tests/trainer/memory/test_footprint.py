@@ -6,8 +6,8 @@ from plan_measure import measure
 from test_placement import CONFIGS, QWEN3, make
 
 import comm
+from comm import MeshShape
 from trainer.memory.footprint import Footprints
-from trainer.recipe.rules import MeshSizes
 
 # 52 M parameters: 206 MiB in float32.
 LARGE = QWEN3 | {
@@ -49,12 +49,12 @@ def test_each_axis_saves_what_it_should(name):
     """An axis whose saving is forgotten, or one that is counted although it saves nothing."""
     recipe, planned = make(CONFIGS[name], method="full")
     footprints = Footprints(recipe, planned)
-    one = footprints.of(MeshSizes(), 2)
-    for mesh in (MeshSizes(tp=2), MeshSizes(pp=2), MeshSizes(dp_shard=2)):
+    one = footprints.of(MeshShape(1), 2)
+    for mesh in (MeshShape(1, tp=2), MeshShape(1, pp=2), MeshShape(1, dp_shard=2)):
         divided = footprints.of(mesh, 2)
         assert 0.45 * one.optimizer < divided.optimizer < 0.75 * one.optimizer
         assert divided.weights < 0.75 * one.weights
-    replicated = footprints.of(MeshSizes(dp_replicate=2), 2)
+    replicated = footprints.of(MeshShape(dp_replicate=2), 2)
     assert (replicated.weights, replicated.optimizer) == (one.weights, one.optimizer)
     assert replicated.buffers > one.buffers == 0
 
@@ -63,6 +63,6 @@ def test_the_model_is_left_as_it_was():
     """Tracers left in the model, or experts that stay frozen."""
     recipe, planned = make(CONFIGS["moe"], method="full")
     before = planned.trainable
-    Footprints(recipe, planned).of(MeshSizes(pp=2), 2)
+    Footprints(recipe, planned).of(MeshShape(1, pp=2), 2)
     assert planned.trainable == before
     mx.eval(planned.model.parameters())

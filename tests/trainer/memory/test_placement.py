@@ -6,11 +6,11 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
+from comm import MeshShape
 from parallel import TensorParallel
 from parallel.pipeline.split import even_split
 from planned_models import CONFIGS, MOE, QWEN3, make
 from trainer.memory.placement import Placement
-from trainer.recipe.rules import MeshSizes
 from trainer.verbs.plan import meshes
 
 
@@ -40,7 +40,7 @@ def test_pipeline_stages_hold_every_parameter_once():
         _, planned = make(config)
         placement = Placement(planned.model)
         split = even_split(placement.num_layers, 3)
-        stages = [{p.name for p in placement.rank(MeshSizes(pp=3), s, split)} for s in range(3)]
+        stages = [{p.name for p in placement.rank(MeshShape(1, pp=3), s, split)} for s in range(3)]
         assert set.union(*stages) == {part.name for part in placement.parts}
         twice = set.intersection(stages[0], stages[2])
         assert all("embed_tokens" in name for name in twice) and bool(twice) == (config is QWEN3)
@@ -53,7 +53,7 @@ def test_fsdp_divides_the_first_dimension_and_rounds_up():
     _, planned = make(QWEN3)
     placement = Placement(planned.model)
     whole = {part.name: part.shape for part in placement.parts}
-    for part in placement.rank(MeshSizes(dp_shard=5), 0, [5]):
+    for part in placement.rank(MeshShape(1, dp_shard=5), 0, [5]):
         assert part.shape == (-(-whole[part.name][0] // 5), *whole[part.name][1:])
 
 

@@ -2,9 +2,10 @@
 
 import pytest
 
+from comm import MeshShape
 from trainer.recipe.config import EvalConfig, ParallelConfig, Recipe
 from trainer.recipe.load import RecipeError, recipe_from
-from trainer.recipe.rules import MeshSizes, resolve_batch, resolve_mesh, validation_warnings, warnings
+from trainer.recipe.rules import resolve_batch, resolve_mesh, validation_warnings, warnings
 
 GOOD = {"model": {"path": "owner/name"}, "data": {"train": "rows.jsonl"}}
 
@@ -35,10 +36,10 @@ def test_indivisible_global_batch_names_sizes_that_work():
 @pytest.mark.parametrize(
     "settings, world, sizes",
     [
-        ({}, 4, MeshSizes(4, 1, 1, 1)),
-        ({"tp": 2}, 4, MeshSizes(2, 1, 1, 2)),
-        ({"dp_shard": -1, "dp_replicate": 1, "pp": 2}, 8, MeshSizes(1, 4, 2, 1)),
-        ({"dp_replicate": 2, "pp": 2, "tp": 2}, 8, MeshSizes(2, 1, 2, 2)),
+        ({}, 4, MeshShape(4, 1, 1, 1)),
+        ({"tp": 2}, 4, MeshShape(2, 1, 1, 2)),
+        ({"dp_shard": -1, "dp_replicate": 1, "pp": 2}, 8, MeshShape(1, 4, 2, 1)),
+        ({"dp_replicate": 2, "pp": 2, "tp": 2}, 8, MeshShape(2, 1, 2, 2)),
     ],
 )
 def test_mesh_takes_the_ranks_that_are_left(settings, world, sizes):

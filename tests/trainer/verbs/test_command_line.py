@@ -240,7 +240,7 @@ def test_ls_shows_each_recipe_with_its_headline(capsys):
 @pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["validate", "recipes/qwen-9b-lora.yaml"]])
 def test_answers_at_once_without_heavy_imports(words):
     """An import of MLX, a tokenizer library or W&B that makes the command line wait."""
-    heavy = ("mlx", "mlx_lm", "datasets", "transformers", "wandb", "numpy", "comm", "parallel")
+    heavy = ("mlx", "mlx_lm", "datasets", "transformers", "wandb", "numpy", "comm.group", "parallel")
     code = (
         "import sys; from trainer.__main__ import main\n"
         f"try: main({words!r})\nexcept SystemExit: pass\n"

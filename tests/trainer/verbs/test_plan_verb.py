@@ -5,9 +5,9 @@ import json
 import mlx.core as mx
 import pytest
 
+from comm import MeshShape
 from planned_models import CONFIGS, QWEN3, make
 from trainer.__main__ import main
-from trainer.recipe.rules import MeshSizes
 from trainer.verbs.plan import GIB, Machine, Planner
 
 # A model of a trillion parameters in the shape of Kimi-K2.6's config, whose experts are stored in 4 bits.
@@ -128,7 +128,7 @@ def test_slow_links_make_traffic_expensive():
     by_link = {}
     for link in (1e3, 1e13):
         planner = Planner(recipe, planned, Machine(GIB, 1e9, link, message_seconds=0.0))
-        choices, _ = planner.others(MeshSizes(dp_replicate=4), 4)
+        choices, _ = planner.others(MeshShape(dp_replicate=4), 4)
         assert all(
             choice.mesh.world == 4 and choice.accumulation * choice.mesh.dp == 16 for choice in choices
         )
@@ -141,6 +141,6 @@ def test_meshes_that_cannot_run_are_left_out_with_the_reason():
     """A plan that recommends what the run then refuses."""
     recipe, planned = make(CONFIGS["qwen3"], method="full")
     planner = Planner(recipe, planned, Machine(GIB, 1e9, 1e9))
-    choices, reasons = planner.others(MeshSizes(dp_replicate=3), 1)
+    choices, reasons = planner.others(MeshShape(dp_replicate=3), 1)
     assert all(choice.mesh.tp == 1 for choice in choices)
     assert any("tp=3" in reason and "cannot be divided" in reason for reason in reasons)
