@@ -37,12 +37,18 @@ class Head:
 
     def __call__(self, hidden: mx.array) -> mx.array:
         """Logits of this rank's vocabulary slice: `(..., D)` to `(..., V / group.size)`."""
+        return self.capped(self.projected(hidden))
+
+    def projected(self, hidden: mx.array) -> mx.array:
+        """The module's output, before scale and softcap; shapes as for a call."""
         if self.module is None:
             return hidden
         if self.group.size > 1:
-            logits = self.module.local_logits(hidden)
-        else:
-            logits = self.module.as_linear(hidden) if self.tied else self.module(hidden)
+            return self.module.local_logits(hidden)
+        return self.module.as_linear(hidden) if self.tied else self.module(hidden)
+
+    def capped(self, logits: mx.array) -> mx.array:
+        """Scale and softcap of `projected` states, also in a wider type."""
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:

@@ -26,7 +26,8 @@ from trainer.data import TokenizedRows
 from trainer.files.storage import digest_of
 from trainer.layers.checkpointing import checkpoint_layers
 from trainer.machine.facts import row_threads
-from trainer.model.flops import token_flops
+from trainer.metrics.throughput import Throughput
+from trainer.model.flops import peak_tflops, token_flops
 from trainer.model.loading import materialize, pad_token
 from trainer.model.lora import DropoutKeys, LoRASpec, limits_on_experts
 from trainer.model.method import prepare_model
@@ -35,8 +36,10 @@ from trainer.recipe.config import ParallelConfig, Recipe
 from trainer.recipe.rules import resolve_mesh
 from trainer.training.batches import Share, TrainingBatches
 from trainer.training.evaluation import Evaluator
+from trainer.training.loop import Due, Hooks, Loop
 from trainer.training.loss import TokenLoss
 from trainer.training.optim import Optimizer
+from trainer.training.progress import StopRules
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,38 @@ class Run:
             share,
             self.answer_group,
             pad_token(self.opened.tokenizer),
+        )
+
+    def loop(
+        self,
+        due: Due,
+        hooks: Hooks,
+        rate: Callable[[int], float],
+        rules: StopRules,
+        *,
+        total_steps: int | None = None,
+        baseline_tokens_per_sec: float | None = None,
+    ) -> Loop:
+        """The training loop of this run; for the arguments see `Loop` and `Throughput`."""
+        throughput = Throughput(
+            self.world.size,
+            flops_per_token=self.flops_per_token,
+            peak_tflops=peak_tflops(),
+            baseline_tokens_per_sec=baseline_tokens_per_sec,
+        )
+        return Loop(
+            model=self.model,
+            step_fn=self.step_fn,
+            optimizer=self.optimizer,
+            batches=self.batches,
+            total_steps=self.total_steps if total_steps is None else total_steps,
+            rate=rate,
+            max_grad_norm=self.recipe.max_grad_norm,
+            world=self.world,
+            due=due,
+            hooks=hooks,
+            throughput=throughput,
+            rules=rules,
         )
 
     @property

@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,14 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 import comm
 from trainer.bench.baseline import baseline_facts
 from trainer.bench.figures import SIDES, Measurement
-from trainer.build import Run, build
+from trainer.build import build
 from trainer.data import TokenizedRows, corpus, load_splits
 from trainer.machine.limits import GIB
-from trainer.metrics.throughput import Throughput
-from trainer.model.flops import peak_tflops
 from trainer.model.loading import materialize, open_model, open_tokenizer
 from trainer.model.lora import find_targets
 from trainer.recipe.config import Recipe
-from trainer.training.loop import Due, Hooks, Loop
-from trainer.training.progress import Progress
+from trainer.training.loop import Due, Hooks
+from trainer.training.progress import Progress, StopRules
 
 NEVER = 10**9
 
@@ -38,7 +36,9 @@ def measure_trainer(recipe: Recipe, warmup: int, steps: int) -> Measurement | No
     run = build(recipe, world, lambda line: print(line, file=sys.stderr))
     mx.reset_peak_memory()
     rows: list[dict[str, float]] = []
-    _loop(run, warmup + steps, rows.append).run(Progress())
+    due, hooks = Due(log=1, evaluate=0, checkpoint=0), Hooks(log=rows.append)
+    loop = run.loop(due, hooks, lambda step: recipe.optimizer.lr, StopRules(), total_steps=warmup + steps)
+    loop.run(Progress())
     timed = rows[warmup:]
     if world.rank:
         return None
@@ -56,23 +56,6 @@ def measure_trainer(recipe: Recipe, warmup: int, steps: int) -> Measurement | No
         optimizer_s=mean("time/optimizer_s"),
         mfu_pct=mean("throughput/mfu_pct") if "throughput/mfu_pct" in timed[0] else None,
         facts=baseline_facts(run) if world.size == 1 else None,
-    )
-
-
-def _loop(run: Run, total_steps: int, log: Callable[[dict[str, float]], None]) -> Loop:
-    """The run's own loop, with a row of metrics for every step and nothing written."""
-    return Loop(
-        model=run.model,
-        step_fn=run.step_fn,
-        optimizer=run.optimizer,
-        batches=run.batches,
-        total_steps=total_steps,
-        rate=lambda _: run.recipe.optimizer.lr,
-        max_grad_norm=run.recipe.max_grad_norm,
-        world=run.world,
-        due=Due(log=1, evaluate=0, checkpoint=0),
-        hooks=Hooks(log=log),
-        throughput=Throughput(run.world.size, flops_per_token=run.flops_per_token, peak_tflops=peak_tflops()),
     )
 
 

@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 import comm
@@ -92,20 +91,10 @@ class _Projection:
         if arrays:
             module.update(tree_unflatten([(name, x) for (name, _), x in zip(self.trainable, arrays)]))
         try:
-            logits = self._project(module)(rows).astype(mx.float32)
+            return head.capped(head.projected(rows).astype(mx.float32))
         finally:
             if arrays:
                 module.update(tree_unflatten(self.trainable))
-        if head.scale != 1.0:
-            logits = logits * head.scale
-        return logits if head.softcap is None else head.softcap * mx.tanh(logits / head.softcap)
-
-    def _project(self, module: nn.Module | None) -> Callable[[mx.array], mx.array]:
-        if module is None:
-            return lambda rows: rows
-        if self.head.group.size > 1:
-            return module.local_logits
-        return module.as_linear if self.head.tied else module
 
 
 def _loss_and_gradients(

@@ -21,9 +21,8 @@ from trainer.machine.blas import blas_hint
 from trainer.machine.limits import apply_limits, clear_large_cache
 from trainer.metrics.rows import Metrics, read_rows
 from trainer.metrics.table import STEP_KEY
-from trainer.metrics.throughput import Throughput, memory_of_ranks
+from trainer.metrics.throughput import memory_of_ranks
 from trainer.metrics.tracing import Profiler
-from trainer.model.flops import peak_tflops
 from trainer.recipe.config import Recipe
 from trainer.recipe.load import load_recipe
 from trainer.recipe.paths import require_writable
@@ -218,25 +217,9 @@ def make_hooks(
 def make_loop(run: Run, hooks: Hooks, rules: StopRules) -> Loop:
     """The training loop of a built run."""
     recipe = run.recipe
-    return Loop(
-        model=run.model,
-        step_fn=run.step_fn,
-        optimizer=run.optimizer,
-        batches=run.batches,
-        total_steps=run.total_steps,
-        rate=lambda step: learning_rate(step, run.total_steps, recipe.optimizer.lr, recipe.schedule),
-        max_grad_norm=recipe.max_grad_norm,
-        world=run.world,
-        due=Due(recipe.logging.every, recipe.eval.every, recipe.checkpoint.every),
-        hooks=hooks,
-        throughput=Throughput(
-            run.world.size,
-            flops_per_token=run.flops_per_token,
-            peak_tflops=peak_tflops(),
-            baseline_tokens_per_sec=_baseline(run),
-        ),
-        rules=rules,
-    )
+    due = Due(recipe.logging.every, recipe.eval.every, recipe.checkpoint.every)
+    rate = partial(learning_rate, total_steps=run.total_steps, lr=recipe.optimizer.lr, schedule=recipe.schedule)
+    return run.loop(due, hooks, rate, rules, baseline_tokens_per_sec=_baseline(run))
 
 
 def _baseline(run: Run) -> float | None:
