@@ -105,7 +105,7 @@ def _add_launch(verbs: Any) -> None:
     launch.add_argument(
         "--timeout", type=_seconds, default=300.0, help="seconds a rank may be missing (default 300)"
     )
-    launch.add_argument("--python", default="python3", help="interpreter on other hosts")
+    launch.add_argument("--python", default=sys.executable, help="interpreter on other hosts (default: the path of this one)")
     launch.add_argument("--ssh", default=SSH, type=_command, help="command that reaches them")
     launch.add_argument("--cwd", default=os.getcwd(), help="folder to start in, where it exists")
 
@@ -127,7 +127,7 @@ def _add_doctor(verbs: Any) -> None:
     example = "python -m comm doctor --hostfile hosts.json"
     doctor = _add_verb(verbs, "doctor", "check the hosts; each line is pass, warn or fail", example)
     doctor.add_argument("--hostfile", help="hosts as mlx.distributed_config writes them")
-    doctor.add_argument("--python", default="python3", help="interpreter on other hosts")
+    doctor.add_argument("--python", default=sys.executable, help="interpreter on other hosts (default: the path of this one)")
     doctor.add_argument("--ssh", default=SSH, type=_command, help="command that reaches them")
     doctor.add_argument("--cwd", default=os.getcwd(), help="folder that the job will start in")
 

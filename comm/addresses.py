@@ -4,6 +4,7 @@ An address comes from the launcher's hostfile where there is one, else from the 
 held by a bound socket until MLX has bound them too, so no other program can take them meanwhile.
 """
 
+import ipaddress
 import json
 import socket
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,6 +40,14 @@ def host_address() -> str:
             return probe.getsockname()[0]
         except OSError:
             return "127.0.0.1"
+
+
+def is_reachable_ipv4(address: str) -> bool:
+    """Whether other hosts may reach this address, as MLX does: over IPv4, and not a host's own to itself."""
+    try:
+        return not ipaddress.IPv4Address(address).is_loopback
+    except ValueError:
+        return False
 
 
 @contextmanager

@@ -34,6 +34,7 @@ def probe(environ: Mapping[str, str], ips: list[str]) -> dict[str, Any]:
         "host": socket.gethostname(),
         "system": platform.system(),
         "python": platform.python_version(),
+        "executable": sys.executable,
         "packages": {name: _version(name) for name in PACKAGES},
         "interfaces": interfaces(),
         "rdma": rdma_devices(_run("ibv_devinfo")),

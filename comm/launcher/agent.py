@@ -23,7 +23,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from comm.addresses import host_address, reserve_ports
+from comm.addresses import host_address, is_reachable_ipv4, reserve_ports
 
 GREETING = "comm-agent "
 ORPHAN_SECONDS = 3.0  # from SIGTERM to SIGKILL once the launcher is gone
@@ -36,7 +36,7 @@ def main() -> None:
         request = _read()
         addresses = own_ips(request, os.environ)
         control = addresses["control"]
-        wanted = [addresses["ips"], [control] * request["num_extra_ports"]]
+        wanted = [addresses["ips"], addresses["ips"][:1] * request["num_extra_ports"]]
         try:
             ports, extra = held.enter_context(reserve_ports(wanted))
         except OSError as error:
@@ -57,18 +57,24 @@ def main() -> None:
 
 
 def own_ips(request: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
-    """The addresses of this host: the hostfile's, else the one that ssh came in on."""
-    server = environ.get("SSH_CONNECTION", "").split()
+    """The addresses of this host: the hostfile's, and for control the one that ssh came in on.
+
+    That may be one of IPv6, or the host's own to itself, which no other host can use; then the address on the network
+    of the default route is taken.
+    """
     ips = request["ips"]
     if request["all_local"]:
         return {"ips": ips or ["127.0.0.1"], "control": (ips or ["127.0.0.1"])[0]}
-    control = server[2] if len(server) == 4 else host_address()
+    server = environ.get("SSH_CONNECTION", "").split()
+    came_in = server[2] if len(server) == 4 else ""
+    control = came_in if is_reachable_ipv4(came_in) else host_address()
     return {"ips": ips or [control], "control": control}
 
 
 def start(order: Mapping[str, Any], folder: str) -> subprocess.Popen:
     """Starts the program in a session of its own, so that all its children can be ended."""
     variables = {**os.environ, **order["variables"]}
+    variables["PATH"] = own_path(variables)
     for name, content in order["files"].items():
         path = Path(folder, name)
         path.write_text(json.dumps(content))
@@ -87,6 +93,13 @@ def start(order: Mapping[str, Any], folder: str) -> subprocess.Popen:
     except OSError as error:
         print(f"{command[0]} cannot be started: {error.strerror}", file=sys.stderr, flush=True)
         os._exit(127)
+
+
+def own_path(environ: Mapping[str, str]) -> str:
+    """`PATH` with this interpreter's folder first, so that `python` in the command is this one too."""
+    folder = os.path.dirname(sys.executable)
+    folders = environ.get("PATH", os.defpath).split(os.pathsep)
+    return os.pathsep.join([folder, *(other for other in folders if other != folder)])
 
 
 def kill_group(process: subprocess.Popen, number: int) -> None:

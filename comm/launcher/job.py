@@ -31,7 +31,8 @@ class Job:
         backend: Backend of the world.
         timeout_seconds: The watchdog's time-out.
         max_restarts: How often the whole job is started again after a failure.
-        python: The interpreter for agents on other hosts.
+        python: The interpreter for agents on other hosts, and for `python` in the command. Default: this one's path,
+            as another host's `python3` may be its system's.
         ssh: The command that reaches them.
         cwd: Folder to start in, where it exists.
         prefix: Put the rank before each line.
@@ -42,7 +43,7 @@ class Job:
     backend: str
     timeout_seconds: float = 300.0
     max_restarts: int = 0
-    python: str = "python3"
+    python: str = sys.executable
     ssh: str = SSH
     cwd: str = ""
     prefix: bool = True
@@ -71,7 +72,7 @@ def make_hosts(num_ranks: int | None, hosts: str | None, hostfile: str | None, b
 def ssh_words(command: str, timeout_seconds: float) -> list[str]:
     """The command that reaches hosts, by words.
 
-    Where that is ssh it never asks for a password, gives up a host that does not answer, and ends the connection to one
+    Where that is ssh it never asks for a password, takes IPv4 as MLX does, gives up a host that does not answer, and ends the connection to one
     that vanished. What the command says about that itself comes first, and ssh takes the first word.
 
     Args:
@@ -85,6 +86,7 @@ def ssh_words(command: str, timeout_seconds: float) -> list[str]:
     connect, interval = (max(1, round(min(timeout, most))) for most in (CONNECT_SECONDS, KEEP_ALIVE_SECONDS))
     settings = {
         "BatchMode": "yes",
+        "AddressFamily": "inet",
         "ConnectTimeout": connect,
         "ServerAliveInterval": interval,
         "ServerAliveCountMax": max(1, math.ceil(timeout / interval)),

@@ -236,7 +236,8 @@ class Run:
             if text.startswith(GREETING):
                 return json.loads(text.removeprefix(GREETING))
         reason = agent.stderr.read().decode(errors="replace").strip()
-        raise ValueError(f"rank {rank} cannot be started on {host.ssh}: {reason}")
+        chosen = "" if host.is_local else f" with {self.job.python} (--python sets another)"
+        raise ValueError(f"rank {rank} cannot be started on {host.ssh}{chosen}: {reason}")
 
     def _tell(self, rank: int, message: Any) -> None:
         try:

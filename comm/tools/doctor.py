@@ -75,7 +75,7 @@ def judge(hosts: HostList, reports: Mapping[str, dict[str, Any] | str]) -> list[
                 Finding("fail", f"{name} does not answer: {report}. Try `ssh {name} true`.")
             )
         else:
-            findings.append(Finding("pass", f"{name} answers"))
+            findings.append(Finding("pass", f"{name} answers, with {report['executable']}"))
             known[name] = report
     findings += _versions(known)
     for host in hosts.hosts:

@@ -111,7 +111,8 @@ def _memory_of_stages(group: comm.Group, peers: Sequence[comm.Group]) -> list[in
 def machine_bytes() -> int:
     """Memory of this machine."""
     if mx.default_device() == mx.gpu:
-        return int(mx.device_info()["memory_size"])
+        info = mx.device_info()
+        return int(info["memory_size"] if "memory_size" in info else info["total_memory"])  # Metal's name and CUDA's
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

@@ -114,7 +114,7 @@ def test_a_file_that_is_no_hostfile(tmp_path: Path, content: str) -> None:
 
 def mac(**changes: Any) -> dict[str, Any]:
     return {
-        "host": "mac", "system": "Darwin", "python": "3.12.1",
+        "host": "mac", "system": "Darwin", "python": "3.12.1", "executable": "/venv/bin/python",
         "packages": {"mlx": "0.32.4", "mlx-lm": "0.32.2", "mlx-trainer": "0.1.0"},
         "interfaces": {
             "en0": {"ips": ["192.168.1.5"], "kind": "Wi-Fi"},

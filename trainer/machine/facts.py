@@ -39,8 +39,8 @@ def machine_facts(num_devices: int, backend: str, mesh: dict[str, int]) -> dict[
         "mlx": version("mlx"),
         "mlx_lm": version("mlx-lm"),
     }
-    if "memory_size" in info:
-        facts["memory_gib"] = round(info["memory_size"] / 2**30, 1)
+    if memory := info.get("memory_size", info.get("total_memory")):  # Metal's name and CUDA's
+        facts["memory_gib"] = round(memory / 2**30, 1)
     return facts
 
 

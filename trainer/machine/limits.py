@@ -11,13 +11,18 @@ CACHE_SHARE = 0.25
 
 
 def apply_limits(limits: LimitsConfig) -> None:
-    """Set MLX's memory limits (GiB) where the recipe gives them; wired memory exists on Metal only."""
+    """Set MLX's memory limits (GiB) where the recipe gives them.
+
+    Wired memory exists on Metal only; there it is what the system recommends where the recipe says nothing, as weights
+    that macOS pages out are read from the disk in every step.
+    """
     if limits.memory_gib is not None:
         mx.set_memory_limit(int(limits.memory_gib * GIB))
     if limits.cache_gib is not None:
         mx.set_cache_limit(int(limits.cache_gib * GIB))
-    if limits.wired_gib is not None and mx.metal.is_available():
-        mx.set_wired_limit(int(limits.wired_gib * GIB))
+    if mx.metal.is_available():
+        recommended = mx.device_info()["max_recommended_working_set_size"]
+        mx.set_wired_limit(int(recommended if limits.wired_gib is None else limits.wired_gib * GIB))
 
 
 def clear_large_cache(limits: LimitsConfig) -> bool:

@@ -278,7 +278,7 @@ class LimitsConfig:
 
     memory_gib: float | None = setting(None, "MLX waits for memory to come free above this.", above=0)
     cache_gib: float | None = setting(None, "Freed memory that MLX keeps for later.", minimum=0)
-    wired_gib: float | None = setting(None, "Memory that macOS may not page out.", minimum=0)
+    wired_gib: float | None = setting(None, "Memory that macOS may not page out; null = what macOS recommends.", minimum=0)
     loss_watchdog: float | None = setting(
         None, "Give up (exit code 1) when the training loss of 3 rows of metrics in a row is above this.", above=0
     )

@@ -12,7 +12,7 @@ import mlx.core as mx
 
 import comm
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "helpers")]
 from checks import CHECKS, rounds
 from fake import fake_group
 

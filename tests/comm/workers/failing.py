@@ -15,7 +15,7 @@ import mlx.core as mx
 
 import comm
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2] / "helpers"))
 from fake import fake_group
 
 
