@@ -175,9 +175,13 @@ def _start_jaccl(
         ours |= {f"MLX_{name}": variables[name] for name in ("RANK", "IBV_DEVICES")}
         with environment(**theirs, **ours):
             native = mx.distributed.init(strict=True, backend="jaccl")
-    # The first message after connecting can arrive damaged, so one is spent here.
-    mx.eval(mx.distributed.all_sum(mx.zeros((1,)), group=native, stream=mx.cpu))
+    spend_first_message(native)
     return native
+
+
+def spend_first_message(native: mx.distributed.Group) -> None:
+    """Send a message that counts for nothing: the first one after JACCL has connected can arrive damaged."""
+    mx.eval(mx.distributed.all_sum(mx.zeros((1,)), group=native, stream=mx.cpu))
 
 
 @contextmanager
