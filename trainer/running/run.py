@@ -146,10 +146,10 @@ def _run(
     callbacks: Callbacks,
 ) -> RunResult:
     folder = CheckpointFolder(output_dir and output_dir / "checkpoints", recipe.checkpoint.keep_last)
-    found = find_checkpoint(recipe, folder, world, notices.append)
-    recipe, batch_dp = keep_global_batch(recipe, found, resolve_mesh(recipe.parallel, world.size).dp)
     # A rank may take long over these; none is given up as hanging meanwhile.
     with world.progress.long_phase("loading"):
+        found = find_checkpoint(recipe, folder, world, notices.append)
+        recipe, batch_dp = keep_global_batch(recipe, found, resolve_mesh(recipe.parallel, world.size).dp)
         run = build(recipe, world, notices.append, batch_dp)
         require_same(world, run.digests())
         progress = restore(run, folder, found, notices.append)
