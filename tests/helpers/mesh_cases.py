@@ -11,8 +11,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten
-from tensor_cases import loss_fn, relative_error, worst
-from tensor_models import make_model, prepare
 
 import comm
 from double_precision import in_float64
@@ -26,6 +24,8 @@ from parallel import (
     model_layout,
     value_and_grad,
 )
+from tensor_cases import loss_fn, relative_error, worst
+from tensor_models import make_model, prepare
 
 ROWS, TOKENS, NUM_LAYERS = 8, 12, 4
 ROUNDING = 1e-6  # an error that a float32 gradient of this size may have by chance

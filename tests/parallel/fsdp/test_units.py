@@ -4,13 +4,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
-from tensor_models import make_model, prepare
 
 import comm
 from parallel import FullyShardedDataParallel, gather_tensors, hidden_and_head, model_layout, unwrap, value_and_grad
 from parallel.fsdp.resharding import ReshardedLeaf
 from parallel.layout import Segment, Split
 from parallel.phases import Phases, UnitCall
+from tensor_models import make_model, prepare
 
 
 class Member:

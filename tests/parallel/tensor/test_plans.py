@@ -6,13 +6,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
-from tensor_models import ARCHITECTURES, DIVIDED_BY_LAYER_ONLY, make_model, prepare
 
 from parallel import TensorParallel, shard_linear
 from parallel.architectures import ModelPlan
 from parallel.layout import ParameterLayout, Segment, Split
 from parallel.tensor.resolve import check_plan, find_blocks, plan_for
 from parallel.tensor.slicing import as_segments
+from tensor_models import ARCHITECTURES, DIVIDED_BY_LAYER_ONLY, make_model, prepare
 
 
 class Rank:
