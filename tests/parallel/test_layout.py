@@ -1,10 +1,11 @@
-"""Records of splits under full parameter names, and full tensors and slices by those records, without ranks."""
+"""Records of splits under full parameter names, and full tensors, slices and squares by those records, without ranks."""
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
 import comm
+from members import Rank
 from parallel.layout import (
     ParameterLayout,
     Segment,
@@ -15,17 +16,6 @@ from parallel.layout import (
     slice_tensors,
     split_records,
 )
-
-
-class Rank:
-    """A rank of a group of `size` that hears the slices it is told of."""
-
-    def __init__(self, rank: int, size: int):
-        self.rank, self.size = rank, size
-        self.slices: list[mx.array] = []
-
-    def all_gather(self, x: mx.array, axis: int = 0) -> mx.array:
-        return mx.concatenate(self.slices, axis=axis)
 
 
 def split(rank: Rank, size: int, dim: int = 0, axis: str = "tp") -> Split:
@@ -123,3 +113,32 @@ def test_tensors_are_gathered_one_at_a_time() -> None:
 
     gathered = gather_tensors({}, tensors(), comm.solo())
     assert next(gathered)[0] == "a" and asked == ["a"]
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_split_gathers_what_it_sliced(dim: int) -> None:
+    """Catches pieces in the wrong order, and copies counted twice in a norm."""
+    segments = (Segment(8), Segment(2, copies=2), Segment(4))
+    full = mx.random.normal((14, 14), key=mx.random.key(0))
+    ranks = [Rank(rank, 4) for rank in range(4)]
+    layouts = [ParameterLayout((Split("tp", rank, dim, segments),)) for rank in ranks]
+    slices = [layout.slice(full) for layout in layouts]
+    for rank, layout in zip(ranks, layouts):
+        rank.slices = slices
+        assert mx.array_equal(layout.gather(slices[rank.rank]), full), "gather is not the inverse of slice"
+        assert layout.full_shape(slices[0].shape) == full.shape, "shape of the full tensor"
+    total = sum(layout.squared_sum(part).item() for layout, part in zip(layouts, slices))
+    assert abs(total / full.square().sum().item() - 1) < 1e-6, "every element counts once"
+
+
+def test_nested_splits() -> None:
+    """Catches weights lost or doubled where a second axis divides what the first one left, copies included."""
+    full = mx.random.normal((12, 6), key=mx.random.key(1))
+    total = 0.0
+    for tp in range(4):
+        for shard in range(2):
+            outer = Split("tp", Rank(tp, 4), 0, (Segment(8), Segment(4, copies=2)))
+            inner = Split("dp_shard", Rank(shard, 2), 0, (Segment(outer.local_size),))
+            layout = ParameterLayout((outer, inner))
+            total += layout.squared_sum(layout.slice(full)).item()
+    assert abs(total / full.square().sum().item() - 1) < 1e-6, "every element counts once over both axes"
