@@ -47,4 +47,4 @@ def _slot(module: nn.Module, name: str) -> Slot:
 
 
 def _key(holder: Any, step: str) -> str | int:
-    return int(step) if isinstance(holder, list) else step
+    return int(step) if isinstance(holder, (list, tuple)) else step
