@@ -8,7 +8,7 @@ size. What a run needs beside tensors goes into ``state.json``; its meaning is t
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from trainer.files.storage import (
     remove,
     write_json,
 )
-from trainer.files.tensor_files import MAX_SHARD_BYTES, NamedTensors, consume, write_tensors
+from trainer.files.tensor_files import MAX_SHARD_BYTES, NamedTensors, consume, read_tensor_file, write_tensors
 
 STATE_FILE = "state.json"
 MANIFEST_FILE = "manifest.json"
@@ -63,7 +63,7 @@ class Checkpoint:
         shards = [self.path / file for file in sorted(_manifest(self.path)) if pattern.fullmatch(file)]
         if not shards:
             raise KeyError(f"{self.path} holds no tensors called {name!r}.")
-        return {key: tensor for shard in shards for key, tensor in mx.load(str(shard)).items()}
+        return {key: tensor for shard in shards for key, tensor in read_tensor_file(shard).items()}
 
 
 class CheckpointFolder:
@@ -100,7 +100,7 @@ class CheckpointFolder:
                 file.write_text(_name(self.pinned) + "\n")
 
     def save(
-        self, step: int, files: dict[str, NamedTensors], state: dict, *, keep_all: bool = False
+        self, step: int, files: Mapping[str, NamedTensors], state: dict, *, keep_all: bool = False
     ) -> Path | None:
         """Write a checkpoint, then remove those that are no longer kept.
 
@@ -128,7 +128,7 @@ class CheckpointFolder:
         remaining = dict(files)
         try:
             with atomic_folder(target) as tmp:
-                records = {}
+                records: dict[str, FileRecord] = {}
                 for name in files:
                     tensors = remaining.pop(name)
                     records |= write_tensors(tmp, name, tensors, max_shard_bytes=self.max_shard_bytes)

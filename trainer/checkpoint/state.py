@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
 import comm
 from parallel import ParameterLayout, gather_tensors, model_layout, slice_tensors
@@ -20,6 +20,7 @@ from trainer.build import Run
 from trainer.checkpoint.folder import RESULT_FILE, Checkpoint, CheckpointError, CheckpointFolder
 from trainer.checkpoint.weights_digest import weights_digest
 from trainer.files.storage import atomic_file, read_json, write_json
+from trainer.files.tensor_files import named_tensors
 from trainer.model.loading import model_dtype, source_folder
 from trainer.recipe.config import Recipe
 from trainer.recipe.load import flattened
@@ -54,7 +55,7 @@ def save_checkpoint(run: Run, folder: CheckpointFolder, progress: Progress) -> P
     may be worth nothing.
     """
     layout = model_layout(run.model)
-    weights = tree_flatten(run.model.trainable_parameters())
+    weights = named_tensors(run.model.trainable_parameters())
     files = {
         "weights": gather_tensors(layout, weights, run.mesh.pp),
         "optimizer": gather_tensors(_slot_layout(layout, run.optimizer), run.optimizer.tensors(), run.mesh.pp),
@@ -202,8 +203,9 @@ def restore(run: Run, folder: CheckpointFolder, found: Found, notice: Notice) ->
     run.optimizer.load(slots, state["num_updates"])
     mx.eval(run.optimizer.state)
     progress = replace(Progress.resumed(state["progress"]), run=found.run)
-    if run.recipe.eval.patience and progress.best_step is not None:
-        _find_best(run.world, folder, progress, notice)
+    best = progress.best_step
+    if run.recipe.eval.patience and best is not None and not _found_best(run.world, folder, best, notice):
+        progress.forget_best()
     return progress
 
 
@@ -215,19 +217,19 @@ def differences(found: Found, recipe: Recipe) -> list[str]:
 def load_weights(run: Run, checkpoint: Checkpoint | None) -> None:
     """Load the trainable weights of rank 0's checkpoint into every rank's model; None on the other ranks."""
     weights = broadcast_tensors(run.world, checkpoint.tensors("weights") if checkpoint else None)
-    own = {name for name, _ in tree_flatten(run.model.trainable_parameters())}
+    own = {name for name, _ in named_tensors(run.model.trainable_parameters())}
     run.model.update(tree_unflatten(list(slice_tensors(model_layout(run.model), weights, own))))
     mx.eval(run.model.trainable_parameters())
 
 
-def _find_best(world: comm.Group, folder: CheckpointFolder, progress: Progress, notice: Notice) -> None:
-    """Keep the best checkpoint; where it is gone, or in another folder, the best is chosen anew."""
-    if comm.broadcast_object(folder.holds(progress.best_step), world):
-        folder.pin(progress.best_step)
-        together(world, folder.mark_best)
-    else:
-        notice(f"the best checkpoint, of step {progress.best_step}, is not in this folder: the best is chosen anew")
-        progress.forget_best()
+def _found_best(world: comm.Group, folder: CheckpointFolder, step: int, notice: Notice) -> bool:
+    """Keep the best checkpoint; False where it is gone, or in another folder, and the best is to be chosen anew."""
+    if not comm.broadcast_object(folder.holds(step), world):
+        notice(f"the best checkpoint, of step {step}, is not in this folder: the best is chosen anew")
+        return False
+    folder.pin(step)
+    together(world, folder.mark_best)
+    return True
 
 
 def _slot_layout(layout: dict[str, ParameterLayout], optimizer: Any) -> dict[str, ParameterLayout]:

@@ -12,9 +12,11 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 
 from trainer.files.storage import CHUNK_BYTES, FileRecord, file_record
 
@@ -39,6 +41,16 @@ DTYPE_NAMES = {
 }
 
 NamedTensors = Iterable[tuple[str, mx.array]]
+
+
+def named_tensors(tree: object) -> list[tuple[str, mx.array]]:
+    """The (dotted name, array) pairs of a tree of arrays, such as a model's parameters.
+
+    Args:
+        tree: Dictionaries and lists, nested, with arrays as their leaves.
+    """
+    # Without a destination it is always a list; MLX's annotation has the dictionary of the other case too.
+    return cast(list[tuple[str, mx.array]], tree_flatten(tree))
 
 
 def write_tensors(
@@ -122,7 +134,8 @@ def read_tensor_file(path: Path) -> dict[str, mx.array]:
         ValueError: The file is torn, or of another format.
     """
     try:
-        return mx.load(str(path))
+        # An array or a tuple, which MLX's annotation allows too, is what other formats and options give.
+        return cast(dict[str, mx.array], mx.load(str(path)))
     except RuntimeError as error:
         raise ValueError(f"{path} is no whole safetensors file: {error}") from error
 
@@ -237,6 +250,6 @@ def _chunks(tensor: mx.array) -> Iterator[memoryview]:
     array = np.ascontiguousarray(np.asarray(tensor))
     if array.size == 0:
         return
-    view = memoryview(array.reshape(-1)).cast("B")
+    view = array.reshape(-1).data.cast("B")
     for start in range(0, len(view), CHUNK_BYTES):
         yield view[start : start + CHUNK_BYTES]

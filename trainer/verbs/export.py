@@ -9,17 +9,18 @@ import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import dequantize_model, load_model
 
 import comm
 from trainer.data import corpus
 from trainer.files.storage import atomic_folder, explain, write_json
-from trainer.files.tensor_files import write_tensor_file
+from trainer.files.tensor_files import named_tensors, write_tensor_file
 from trainer.machine.blas import load_fast_blas
 from trainer.model.loading import (
     BaseModel,
@@ -117,7 +118,7 @@ def open_run(target: str, recipe: Recipe) -> OpenedRun:
 
 def _require_finite(model: nn.Module, target: str) -> None:
     """Refuse to hand on weights that hold a NaN or an infinity."""
-    trained = tree_flatten(model.trainable_parameters())
+    trained = named_tensors(model.trainable_parameters())
     broken = [name for name, value in trained if not mx.isfinite(value).all().item()]
     if broken:
         raise ValueError(f"{target!r} has weights that are not finite, which are not exported: {', '.join(broken)}.")
@@ -188,7 +189,7 @@ def export_fused(run: OpenedRun, folder: Path, *, requantize: bool) -> list[str]
     run.base = fuse(run.base, dequantize=not requantize)
     dtype = _dtype(run.model)
     with atomic_folder(folder) as staging:
-        tensors = tree_flatten(run.model.parameters())
+        tensors = named_tensors(run.model.parameters())
         write_model(staging, tensors, run.base.config, run.tokenizer, source=source_folder(run.recipe.model))
         written, _ = load_model(staging)
         difference = relative_difference(_logits(written, probe), expected)
@@ -222,7 +223,8 @@ def fuse(base: BaseModel, *, dequantize: bool) -> BaseModel:
 def relative_difference(logits: mx.array, expected: mx.array) -> float:
     """Root mean square of the difference of two logit arrays `(B, L, V)`, over the spread of the second."""
     difference = (logits - expected).astype(mx.float32)
-    return (mx.sqrt(mx.mean(difference**2)) / mx.std(expected.astype(mx.float32))).item()
+    relative = mx.sqrt(mx.mean(difference**2)) / mx.std(expected.astype(mx.float32))
+    return cast(float, relative.item())  # of a float32; MLX annotates what any dtype gives
 
 
 def _logits(model: nn.Module, tokens: mx.array) -> mx.array:
@@ -252,7 +254,7 @@ def _comparison(difference: float, is_quantized: bool, rounds: bool, dtype: mx.D
 
 def _dtype(model: nn.Module) -> mx.Dtype:
     """The narrowest floating dtype of the parameters: it bounds how exact logits can be."""
-    dtypes = {p.dtype for _, p in tree_flatten(model.parameters()) if mx.issubdtype(p.dtype, mx.floating)}
+    dtypes = {p.dtype for _, p in named_tensors(model.parameters()) if mx.issubdtype(p.dtype, mx.floating)}
     return min(dtypes, key=lambda dtype: dtype.size)
 
 
