@@ -39,7 +39,7 @@ def setting(
         also: What other trainers call it: such a key is refused and pointed to this one.
     """
     bounds = {"minimum": minimum, "above": above, "maximum": maximum, "below": below}
-    metadata = {"help": help, "words": words, "also": also}
+    metadata: dict[str, object] = {"help": help, "words": words, "also": also}
     metadata |= {name: bound for name, bound in bounds.items() if bound is not None}
     if isinstance(default, type):
         return dataclasses.field(default_factory=default, metadata=metadata)

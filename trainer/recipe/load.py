@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from trainer.nearest import nearest
 from trainer.recipe.config import Recipe
@@ -49,7 +49,8 @@ def load_recipe(source: str | Path | dict[str, Any] | Recipe, overrides: Sequenc
             raise RecipeError([Problem("", None, "a recipe is a map of keys to values")], str(path))
         for override in overrides:
             _apply(tree, override, problems)
-        values = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
+        # A dictionary, as the tree is one; OmegaConf annotates what any tree gives.
+        values = cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True, throw_on_missing=True))
     except (OmegaConfBaseException, YAMLError) as error:
         raise RecipeError([*problems, Problem("", None, _one_line(error))], str(path)) from error
     return found_beside(recipe_from(values, path, problems), path.parent)
