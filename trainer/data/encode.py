@@ -80,15 +80,15 @@ def _truncate(row: EncodedRow, max_seq_len: int) -> EncodedRow:
 
 
 def _encode_completions(documents: Sequence[Document], tokenizer: Any, loss_on: str) -> list[EncodedRow]:
-    whole = tokenizer([document.text for document in documents])["input_ids"]
-    prompts = tokenizer([document.prompt for document in documents])["input_ids"]
+    texts = [(document.text, document.prompt or "") for document in documents]
+    whole = tokenizer([text for text, _ in texts])["input_ids"]
+    prompts = tokenizer([start for _, start in texts])["input_ids"]
     rows = []
-    for document, ids, prompt in zip(documents, whole, prompts):
-        if prompt and prompt[-1] == tokenizer.eos_token_id and not document.prompt.endswith(tokenizer.eos_token):
+    for (text, start), ids, prompt in zip(texts, whole, prompts):
+        if prompt and prompt[-1] == tokenizer.eos_token_id and not start.endswith(tokenizer.eos_token):
             prompt = prompt[:-1]  # this tokenizer closes every text by itself; the prompt is not closed here
         if ids[: len(prompt)] != prompt or len(ids) == len(prompt):
-            answer = document.text[len(document.prompt) :]
-            ids = prompt + tokenizer(answer, add_special_tokens=False)["input_ids"]
+            ids = prompt + tokenizer(text[len(start) :], add_special_tokens=False)["input_ids"]
         ids = _with_eos(ids, tokenizer)
         first_target = 0 if loss_on == "all" else len(prompt)
         rows.append(_row(ids, first_target, (len(prompt), len(ids) - 1)))

@@ -27,13 +27,26 @@ MAX_LISTED = 10
 class DataConfig(Protocol):
     """The part of a recipe's `data:` that is read here."""
 
-    train: Any
-    valid: Any
-    val_fraction: float
-    format: str
-    max_seq_len: int
-    loss_on: str
-    on_bad_row: str
+    @property
+    def train(self) -> Any: ...
+
+    @property
+    def valid(self) -> Any: ...
+
+    @property
+    def val_fraction(self) -> float: ...
+
+    @property
+    def format(self) -> str: ...
+
+    @property
+    def max_seq_len(self) -> int: ...
+
+    @property
+    def loss_on(self) -> str: ...
+
+    @property
+    def on_bad_row(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -207,13 +220,13 @@ class _Reader:
     ) -> Iterator[tuple[list[tuple[str, Document]], str]]:
         """Rendered rows with their places, a thousand at a time, and what of them is trained on."""
         format = source.format or self.data.format
-        loss_on = None
+        loss_on = ""  # decided by the first row that can be read
         chunk: list[tuple[str, Document]] = []
         for place, row, reason in file:
             if row is None:
                 problems.add(place, reason)
                 continue
-            if loss_on is None:
+            if not loss_on:
                 format = detect_format(row, source.columns) if format == "auto" else format
                 loss_on = resolve_loss_on(self.data.loss_on, format)
             try:

@@ -160,7 +160,8 @@ def _facts(opened: Opened, rows: TokenizedRows, plan: Sequence[PlannedBatch], si
 def _skipped(opened: Opened) -> list[str]:
     """The rows that were passed over, found by reading them again without the leave to do so."""
     try:
-        load_splits(replace(opened.recipe.data, on_bad_row="stop"), opened.tokenizer, opened.recipe.seed, notice=str)
+        data = replace(opened.recipe.data, on_bad_row="stop")
+        load_splits(data, opened.tokenizer, opened.recipe.seed, notice=lambda line: None)
     except BadRows as error:
         return error.lines
     return []
