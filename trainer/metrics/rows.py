@@ -7,7 +7,7 @@ the disk has no room for wait in memory.
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -70,7 +70,7 @@ class Metrics:
         """Move the progress display to ``step`` between rows."""
         self._each("advance", step)
 
-    def close(self, summary: dict[str, object] | None = None) -> dict[str, object]:
+    def close(self, summary: Mapping[str, object] | None = None) -> dict[str, object]:
         """Close every sink; call it once.
 
         Args:

@@ -144,7 +144,7 @@ def thin(points: Sequence[Point], max_points: int = MAX_POINTS) -> list[Point]:
     kept: list[Point] = []
     for start in range(0, len(points), size):
         stretch = points[start : start + size]
-        known = [point for point in stretch if point[1] is not None]
+        known = [(x, y) for x, y in stretch if y is not None]
         if not known:
             kept.append(stretch[0])
             continue
