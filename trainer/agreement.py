@@ -34,10 +34,11 @@ def together(world: comm.Group, work: Callable[[], Result]) -> Result:
             where all ranks met the same, else it names each rank and host.
         AgreedSystemError: an OSError; likewise, when it failed with something else, such as a full disk.
     """
+    failure: Exception | None = None
     try:
-        result, failure = work(), None
+        result = work()
     except EXPECTED as error:
-        result, failure = None, error
+        failure = error
     problem, is_users = failure and sentence(failure), failure is None or isinstance(failure, USER_ERRORS)
     problems = comm.all_gather_object([problem, is_users], world)
     texts = [text for text, _ in problems]

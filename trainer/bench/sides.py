@@ -76,7 +76,7 @@ def measure_mlx_lm(recipe: Recipe, warmup: int, steps: int) -> Measurement:
         steps_per_eval=NEVER,
         steps_per_save=NEVER,
         max_seq_length=recipe.data.max_seq_len,
-        adapter_file=Path(recipe.output_dir) / "adapters.safetensors",
+        adapter_file=str(Path(recipe.output_dir) / "adapters.safetensors"),
         grad_checkpoint=bool(recipe.gradient_checkpointing),
         grad_accumulation_steps=recipe.grad_accumulation_steps or 1,
     )

@@ -40,7 +40,7 @@ def machine_facts(num_devices: int, backend: str, mesh: dict[str, int]) -> dict[
         "mlx_lm": version("mlx-lm"),
     }
     if memory := info.get("memory_size", info.get("total_memory")):  # Metal's name and CUDA's
-        facts["memory_gib"] = round(memory / 2**30, 1)
+        facts["memory_gib"] = round(int(memory) / 2**30, 1)
     return facts
 
 

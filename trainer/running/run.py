@@ -132,7 +132,7 @@ def run_recipe(
         callbacks: what hears of it.
     """
     output_dir = Path(recipe.output_dir) if world.rank == 0 else None
-    together(world, lambda: output_dir and require_writable(recipe.output_dir))
+    together(world, lambda: require_writable(recipe.output_dir) if output_dir else None)
     with sole_run(world, output_dir):
         return _run(recipe, world, output_dir, stop, notices, callbacks)
 
@@ -252,7 +252,7 @@ def _end(
     if peaks:
         metrics.message(f"Peak memory of the ranks: {', '.join(f'{peak:.3g}' for peak in peaks.values())} GiB")
     best = {"best/step": progress.best_step} if run.recipe.eval.patience else {}
-    return replace(left, metrics=metrics.close(peaks | best))
+    return replace(left, metrics=metrics.close({**peaks, **best}))
 
 
 def _already_finished(
