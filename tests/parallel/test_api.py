@@ -25,3 +25,11 @@ def test_half_precision_gradients_are_divided_exactly() -> None:
     assert grads["weight"].dtype == mx.bfloat16
     assert grads["weight"].item() == mx.array(1.0 / num_tokens).astype(mx.bfloat16).item()
     assert grads["weight"].item() != mx.array(1.0 / 264).astype(mx.bfloat16).item()
+
+
+def test_a_weight_may_be_a_fraction() -> None:
+    """Catches a divisor that is never below 1, and one that makes NaN of a batch without any weight."""
+    for weight, expected in ((0.5, 4.0), (0.0, 2.0)):
+        step = value_and_grad(Scale(), lambda model, batch, weight=weight: (model(batch["x"]), mx.array(weight)))
+        loss, grads, total = step([{"x": mx.array([2.0], dtype=mx.bfloat16)}])
+        assert (loss.item(), grads["weight"].item(), total.item()) == (expected, expected, weight)

@@ -26,9 +26,10 @@ from trainer.layers.segments import packing_supported
 from trainer.model.loading import BaseModel, open_model
 from trainer.model.lora import DropoutKeys
 from trainer.model.method import prepare_model
+from trainer.objectives.table import OBJECTIVES
 from trainer.recipe.config import ModelConfig, Recipe
 from trainer.recipe.paths import require_paths
-from trainer.training.loss import TokenLoss
+from trainer.training.loss import StepLoss
 
 _GROUP_SIZES = {"mxfp4": 32, "mxfp8": 32, "nvfp4": 16, "affine": 64}
 # Formats of `quantization_config` that name the format only; the bits and mode that MLX gives them.
@@ -53,7 +54,7 @@ class PlannedModel:
     """
 
     model: nn.Module
-    loss: TokenLoss
+    loss: StepLoss
     text_config: dict[str, Any]
     notices: tuple[str, ...]
 
@@ -89,7 +90,8 @@ def planned_model(recipe: Recipe) -> PlannedModel:
     prepare_model(recipe, base, keys)
     checkpoint_layers(base.model.layers, recipe.gradient_checkpointing)
     base.model.train()
-    return PlannedModel(base.model, TokenLoss(keys, is_packed), text_config, tuple(notices))
+    objective = OBJECTIVES[recipe.objective.name](recipe.objective)
+    return PlannedModel(base.model, StepLoss(objective, keys, is_packed), text_config, tuple(notices))
 
 
 def check_mesh(recipe: Recipe, mesh: MeshShape) -> None:

@@ -32,7 +32,7 @@ def open_metrics(run: Run, output_dir: Path | None, step: int, stop: Stop) -> Me
     wandb = _open_wandb(recipe, output_dir, step, terminal.message)
     baseline = BaselineSink(output_dir, baseline_facts(run)) if world.size == 1 else None
     sinks: tuple[Sink | None, ...] = (rows, terminal, wandb, baseline)
-    return Metrics([sink for sink in sinks if sink is not None], rows.kept)
+    return Metrics([sink for sink in sinks if sink is not None], rows.kept, run.opened.objective.metrics)
 
 
 def _open_wandb(recipe: Recipe, output_dir: Path, step: int, notice: Callable[[str], None]) -> WandbSink | None:
