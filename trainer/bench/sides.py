@@ -31,7 +31,7 @@ NEVER = 10**9
 
 
 def measure_trainer(recipe: Recipe, warmup: int, steps: int) -> Measurement | None:
-    """Time ``steps`` steps of the training loop after ``warmup`` ones; the figures on rank 0, None elsewhere."""
+    """Time `steps` steps of the training loop after `warmup` ones; the figures on rank 0, None elsewhere."""
     world = comm.init(recipe.parallel.backend if isinstance(recipe.parallel.backend, str) else "any")
     run = build(recipe, world, lambda line: print(line, file=sys.stderr))
     mx.reset_peak_memory()

@@ -1,7 +1,7 @@
-"""Saving a run's state and taking it up again, on the same or on another number of ranks.
+"""Saving a run's state and resuming from it, on the same or on another number of ranks.
 
 Rank 0 holds the files: it chooses the checkpoint and sends the state. A checkpoint of another model, data,
-method, seed, batch or base weights is refused; other changes of the recipe go on with a notice.
+method, seed, batch or base weights is refused; after other changes of the recipe the run resumes with a notice.
 """
 
 import os
@@ -36,9 +36,9 @@ class Found:
     """What a run continues from.
 
     Attributes:
-        checkpoint: on rank 0, where there is one; None elsewhere.
-        state: its state on every rank; None for a new run.
-        run: number of the run in its output folder, on every rank.
+        checkpoint: The checkpoint on rank 0, where there is one; None elsewhere.
+        state: Its state on every rank; None for a new run.
+        run: Number of the run in its output folder, on every rank.
     """
 
     checkpoint: Checkpoint | None
@@ -83,7 +83,7 @@ def find_checkpoint(recipe: Recipe, folder: CheckpointFolder, world: comm.Group,
     """The checkpoint that `checkpoint.resume` means; rank 0 looks, every rank gets its state.
 
     Raises:
-        ValueError: a checkpoint named by path is not whole.
+        ValueError: A checkpoint named by path is not whole.
     """
 
     def look() -> Checkpoint | None:
@@ -130,7 +130,7 @@ def _number(folder: CheckpointFolder, checkpoint: Checkpoint | None) -> int:
 
 
 def _run_number(folder: CheckpointFolder, checkpoint: Checkpoint | None) -> int:
-    """A run goes on under the number in its own folder's checkpoint; a new one counts on from what is there."""
+    """A run resumes under the number in its own folder's checkpoint; a new one counts on from what is there."""
     assert folder.folder is not None, "only a rank with a disk reads"
     if checkpoint is not None and checkpoint.path.parent.resolve() == folder.folder.resolve():
         return _run_of(checkpoint.state)
@@ -151,16 +151,16 @@ def keep_global_batch(recipe: Recipe, found: Found, dp: int) -> tuple[Recipe, in
     """Hold a resumed run to its global batch when only the number of ranks has changed.
 
     Args:
-        recipe: of the run to be continued.
-        found: its checkpoint.
-        dp: data-parallel ranks now.
+        recipe: The recipe of the run to be resumed.
+        found: Its checkpoint.
+        dp: Data-parallel ranks now.
 
     Returns:
         The recipe, with `global_batch_size` set where the checkpoint decides it (accumulation follows), and the
         number of data-parallel ranks for which the recipe as written gives that batch.
 
     Raises:
-        RecipeError: the global batch cannot be divided by the ranks there are now.
+        RecipeError: The global batch cannot be divided by the ranks there are now.
     """
     if found.state is None:
         return recipe, dp
@@ -176,16 +176,16 @@ def restore(run: Run, folder: CheckpointFolder, found: Found, notice: Notice) ->
     """Load rank 0's checkpoint into every rank's model and optimizer.
 
     Args:
-        run: freshly built.
-        folder: of the run's checkpoints.
-        found: from `find_checkpoint`.
-        notice: gets one line per change of settings.
+        run: The run, freshly built.
+        folder: The folder of the run's checkpoints.
+        found: What `find_checkpoint` gave.
+        notice: Gets one line per change of settings.
 
     Returns:
         Where the run stands; a fresh `Progress` without a checkpoint.
 
     Raises:
-        ValueError: the checkpoint belongs to another run; lists the keys.
+        ValueError: The checkpoint belongs to another run; the text lists the keys.
     """
     world, checkpoint, state = run.world, found.checkpoint, found.state
     if state is None:

@@ -37,13 +37,13 @@ def encode_documents(
     """Token rows for documents of one format.
 
     Args:
-        documents: at least one.
-        tokenizer: a transformers tokenizer or mlx-lm's wrapper of one, with an EOS token.
+        documents: The documents, at least one.
+        tokenizer: A transformers tokenizer or mlx-lm's wrapper of one, with an EOS token.
         loss_on: "all", "completion" or "assistant", already resolved for the format.
-        max_seq_len: longer rows are cut at their end.
+        max_seq_len: Most tokens of a row; longer rows are cut at their end.
 
     Raises:
-        ValueError: when the tokenizer has no EOS token, or cannot say where a chat's tokens lie in the text.
+        ValueError: The tokenizer has no EOS token, or cannot say where a chat's tokens lie in the text.
     """
     tokenizer = plain_tokenizer(tokenizer)
     if tokenizer.eos_token_id is None:

@@ -42,14 +42,14 @@ def open_split(path: str, names: tuple[str, ...], seed: int) -> RowFile | None:
 
     Args:
         path: `synthetic:NAME`, a file, a folder or a Hugging Face repo.
-        names: split names in order of preference; a single file has only "train".
-        seed: for generators.
+        names: Split names in order of preference; a single file has only "train".
+        seed: Seed of generated rows.
 
     Returns:
         None when the source has none of them.
 
     Raises:
-        ValueError: when there is no such source, with the nearest name.
+        ValueError: There is no such source; the text has the nearest name.
     """
     if path.startswith(SYNTHETIC):
         name = next((name for name in names if name in SPLIT_ROWS), None)

@@ -31,8 +31,8 @@ class RowSequences:
     """How a row becomes the sequences that are trained.
 
     Attributes:
-        name: Of the way; tokens are cached under it.
-        of_row: From an encoded row to its sequences.
+        name: Name of the way; tokens are cached under it.
+        of_row: Gives the sequences of an encoded row.
     """
 
     name: str
@@ -62,15 +62,15 @@ def load_splits(
     `data.val_fraction` of each source's rows in file order.
 
     Args:
-        data: the recipe's `data:`.
-        tokenizer: a transformers tokenizer or mlx-lm's wrapper of one.
-        seed: for generated rows and the choice of rows by fractional weights.
-        cache_dir: folder for tokenised rows; `MLX_TRAINER_CACHE` or `~/.cache/mlx-trainer` by default.
-        notice: takes one line about what was cut or passed over.
+        data: The recipe's `data:`.
+        tokenizer: A transformers tokenizer or mlx-lm's wrapper of one.
+        seed: Seed of generated rows and of the choice of rows by fractional weights.
+        cache_dir: Folder for tokenised rows; `MLX_TRAINER_CACHE` or `~/.cache/mlx-trainer` by default.
+        notice: Takes one line about what was cut or passed over.
         sequences: How a row becomes sequences. Default: it is one.
 
     Raises:
-        ValueError: for sources that are not there, rows that cannot be used, and empty splits.
+        ValueError: A source is not there, rows cannot be used, or a split is empty.
     """
     reader = _Reader(data, tokenizer, seed, cache_dir, notice, sequences)
     train, valid = [], []
@@ -107,7 +107,7 @@ def load_split(
     """The rows of one split by name: "train" and "valid" as `load_splits` makes them, others as the source has them.
 
     Raises:
-        ValueError: when there is no such split.
+        ValueError: There is no such split.
     """
     if split in ("train", *VALID_NAMES):
         splits = load_splits(data, tokenizer, seed, cache_dir=cache_dir, notice=notice)

@@ -61,7 +61,7 @@ def write_tensors(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     header_room_bytes: int = HEADER_ROOM_BYTES,
 ) -> dict[str, FileRecord]:
-    """Write ``folder/stem.safetensors``, or ``stem-0000i-of-0000n.safetensors`` when the tensors need several files.
+    """Write `folder/stem.safetensors`, or `stem-0000i-of-0000n.safetensors` when the tensors need several files.
 
     After a failed write the remaining tensors are still asked for and evaluated, so that other ranks which take part
     in a gather are not left waiting; then the error is raised.
@@ -227,7 +227,7 @@ class _Shard:
 
 
 def _entries(tensors: NamedTensors, offset: int = 0) -> dict[str, dict]:
-    """Header entries of tensors that lie back to back from ``offset``."""
+    """Header entries of tensors that lie back to back from `offset`."""
     entries = {}
     for name, tensor in tensors:
         span = [offset, offset + tensor.nbytes]

@@ -33,7 +33,7 @@ def setting(
         default: The value when the key is not written. A dataclass stands for that section with
             its own defaults; a list is copied for each recipe.
         help: One sentence: what turning the knob does.
-        minimum, above, maximum, below: The allowed range of a number; ``above`` and ``below``
+        minimum, above, maximum, below: The allowed range of a number; `above` and `below`
             exclude the bound itself.
         words: Words with a special meaning in a field that also takes any other text.
         also: What other trainers call it: such a key is refused and pointed to this one.

@@ -26,10 +26,10 @@ def load_recipe(source: str | Path | dict[str, Any] | Recipe, overrides: Sequenc
 
     Args:
         source: The YAML file, its settings as a dictionary, or a `Recipe`.
-        overrides: Settings such as ``optimizer.lr=2e-4``, applied in order; the values are YAML.
+        overrides: Settings such as `optimizer.lr=2e-4`, applied in order; the values are YAML.
 
     Returns:
-        The recipe with every default filled in and ``{recipe}`` in its output folder replaced. Relative paths are
+        The recipe with every default filled in and `{recipe}` in its output folder replaced. Relative paths are
         looked for in the working folder, then beside the file.
 
     Raises:
@@ -63,7 +63,7 @@ def recipe_from(
 
     Args:
         values: Settings in the shape of the YAML file.
-        source: The file they come from: named in errors, and its stem replaces ``{recipe}``.
+        source: The file they come from: named in errors, and its stem replaces `{recipe}`.
         problems: Problems found before, reported with the others.
 
     Raises:

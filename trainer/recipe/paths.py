@@ -24,11 +24,11 @@ def require_paths(recipe: Recipe, sections: Iterable[str] = READ_BY_ALL) -> None
     """Refuse a recipe that names files or folders which are not there.
 
     Args:
-        recipe: a checked recipe.
-        sections: the first words of the keys to look at.
+        recipe: A checked recipe.
+        sections: The first words of the keys to look at.
 
     Raises:
-        RecipeError: lists every missing path.
+        RecipeError: Paths are missing; the text lists every one.
     """
     wanted = tuple(sections)
     if missing := [problem for problem in missing_paths(recipe) if problem.path.startswith(wanted)]:
@@ -123,7 +123,7 @@ def require_writable(output_dir: str) -> None:
     """Refuse an output folder that cannot be made or written; makes nothing.
 
     Raises:
-        RecipeError: says what stands in the way.
+        RecipeError: It cannot be made or written; the text says what stands in the way.
     """
     folder = Path(output_dir)
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())

@@ -55,7 +55,7 @@ def finish(run: Run, folder: CheckpointFolder, progress: Progress, notice: Notic
     """Write the result; returns the step of its weights. Every rank calls it.
 
     Raises:
-        OSError: it cannot be written. The checkpoints are untouched; the same command writes it later.
+        OSError: It cannot be written. The checkpoints are untouched; the same command writes it later.
     """
     world = run.world
     step = progress.step

@@ -30,7 +30,7 @@ def shared_recipe(world: comm.Group, target: str, overrides: list[str]) -> Recip
     """Rank 0's `recipe_of(target, overrides)` on every rank, as the run's folder need not be elsewhere.
 
     Raises:
-        ValueError: there is none, on all ranks.
+        ValueError: There is no recipe, on all ranks.
     """
     found = together(world, lambda: recipe_of(target, overrides) if world.rank == 0 else None)
     return recipe_from(comm.broadcast_object(found and asdict(found), world))
@@ -45,7 +45,7 @@ def recipe_of(target: str, overrides: list[str]) -> Recipe:
     """The resolved recipe that belongs to a run's folder or checkpoint.
 
     Raises:
-        ValueError: there is none.
+        ValueError: There is no recipe.
     """
     path = _path(target)
     if not path.is_dir():
@@ -78,12 +78,12 @@ def load_result(run: HasModel, target: str, notice: Notice) -> None:
     """Load a run's tensors into a model built from its recipe; rank 0 reads, the others receive.
 
     Args:
-        run: built from `recipe_of(target)`, such as `trainer.build.Run`.
-        target: the output folder (its final result, else its newest checkpoint) or a checkpoint.
-        notice: gets one line for each checkpoint that is passed over.
+        run: The run, built from `recipe_of(target)`, such as `trainer.build.Run`.
+        target: The output folder (its final result, else its newest checkpoint) or a checkpoint.
+        notice: Gets one line for each checkpoint that is passed over.
 
     Raises:
-        ValueError: there is nothing to load, or tensors are missing, unexpected or of another shape.
+        ValueError: There is nothing to load, or tensors are missing, unexpected or of another shape.
     """
     world = run.world
     tensors = together(world, lambda: _read(_path(target), notice) if world.rank == 0 else None)

@@ -62,7 +62,7 @@ class RunResult:
         output_dir: The run's folder.
         path: The adapters' file, or the folder of the whole model.
         step: Updates that are done.
-        signal: Number of the signal that stopped it, 0 where it ended by itself; the same call goes on from there.
+        signal: Number of the signal that stopped it, 0 where it ended by itself; the same call resumes it.
         is_given_up: The loss stayed above `limits.loss_watchdog`.
         metrics: The last value of every metric, the best ones (`best/eval_loss`, ...), and peaks of memory.
     """
@@ -89,7 +89,7 @@ def train(
     on_checkpoint: Callable[[int, Path | None], None] = Callbacks.on_checkpoint,
     objective: Objective | None = None,
 ) -> RunResult:
-    """Run a recipe, or go on with it where an earlier run stopped: what `python -m trainer run` does.
+    """Run a recipe, or resume it where an earlier run stopped: what `python -m trainer run` does.
 
     Under a launcher every rank calls it alike. Ctrl-C and SIGTERM finish the step, save, and return.
 
@@ -133,11 +133,11 @@ def run_recipe(
     """Build, resume, train, write the result.
 
     Args:
-        recipe: a checked recipe.
-        world: all ranks.
-        stop: remembers signals.
-        notices: lines to show when the run is introduced.
-        callbacks: what hears of it.
+        recipe: A checked recipe.
+        world: All ranks.
+        stop: Remembers signals.
+        notices: Lines to show when the run is introduced.
+        callbacks: What hears of the run.
         objective: What is minimised. Default: the recipe's.
     """
     output_dir = Path(recipe.output_dir) if world.rank == 0 else None

@@ -49,11 +49,11 @@ class OpenedRun:
     """A run's model with its trained values, lazily read; no training data is needed.
 
     Attributes:
-        recipe: of the run.
-        world: this process alone.
-        tokenizer: of the base model.
-        base: model with the adapters in place, and its config.
-        adapter: modules and shape of the adapters, or None after full fine-tuning.
+        recipe: The run's recipe.
+        world: This process alone.
+        tokenizer: The base model's tokenizer.
+        base: Model with the adapters in place, and its config.
+        adapter: Modules and shape of the adapters, or None after full fine-tuning.
     """
 
     recipe: Recipe
@@ -100,11 +100,11 @@ def open_run(target: str, recipe: Recipe) -> OpenedRun:
     """Open a run's result or checkpoint.
 
     Args:
-        target: output folder or checkpoint.
-        recipe: from `recipe_of(target)`.
+        target: Output folder or checkpoint.
+        recipe: What `recipe_of(target)` gave.
 
     Raises:
-        ValueError: there is nothing to open, or what was trained is not whole or not finite.
+        ValueError: There is nothing to open, or what was trained is not whole or not finite.
     """
     tokenizer = open_tokenizer(recipe.model, partial(corpus, recipe.data, recipe.seed))
     base = open_model(recipe.model, len(tokenizer), recipe.seed)
@@ -128,16 +128,16 @@ def export_peft(run: OpenedRun, folder: Path, *, base_model: str | None, multimo
     """Write a PEFT adapter folder.
 
     Args:
-        run: a LoRA or DoRA run.
-        folder: replaced as a whole.
-        base_model: name of the base model to write; None = the recipe's model.path.
-        multimodal: name modules as the class with the vision tower does.
+        run: A LoRA or DoRA run.
+        folder: The folder to write; it is replaced as a whole.
+        base_model: Name of the base model to write; None = the recipe's model.path.
+        multimodal: Name modules as the class with the vision tower does.
 
     Returns:
         What the user should know, in sentences.
 
     Raises:
-        ValueError: the run has no adapters, or one that PEFT cannot express, or no base model that PEFT could load.
+        ValueError: The run has no adapters, or one that PEFT cannot express, or no base model that PEFT could load.
     """
     if run.adapter is None:
         raise ValueError("--to peft needs adapters, and this run has method: full; its model/ is already complete.")
@@ -171,15 +171,15 @@ def export_fused(run: OpenedRun, folder: Path, *, requantize: bool) -> list[str]
     """Write base and adapter as one model, compared with base + adapter before `folder` is replaced.
 
     Args:
-        run: any run; after full fine-tuning there is nothing to fuse and the model is written as it is.
-        folder: replaced as a whole.
-        requantize: keep a quantized base quantized, adapted weights rounded anew; False = dequantize all.
+        run: Any run; after full fine-tuning there is nothing to fuse and the model is written as it is.
+        folder: The folder to write; it is replaced as a whole.
+        requantize: Keep a quantized base quantized, adapted weights rounded anew; False = dequantize all.
 
     Returns:
         What the user should know, in sentences.
 
     Raises:
-        ValueError: the written model's logits differ from base + adapter's by more than rounding.
+        ValueError: The written model's logits differ from base + adapter's by more than rounding.
     """
     materialize(run.model)
     probe = mx.random.randint(0, len(run.tokenizer), PROBE_SHAPE, key=mx.random.key(0))
@@ -206,7 +206,7 @@ def fuse(base: BaseModel, *, dequantize: bool) -> BaseModel:
     """Merge the adapters of a model into its weights, in place.
 
     Args:
-        base: model with or without adapters; and its config.
+        base: Model with or without adapters; and its config.
         dequantize: True = no weight stays quantized; False = those that were quantized are so again.
     """
     model = base.model
