@@ -24,7 +24,7 @@ from trainer.data import (
     plan_epoch,
     plan_packed,
 )
-from trainer.layers.segments import packing_supported
+from trainer.model.architectures import packing_supported
 from trainer.model.loading import BaseModel, num_embeddings, open_model, open_tokenizer
 from trainer.objectives.objective import Objective
 from trainer.objectives.table import OBJECTIVES

@@ -30,7 +30,7 @@ from tensor_cases import loss_fn, relative_error
 from tensor_models import make_model
 from trainer.data import build_tokenizer
 from trainer.layers.checkpointing import checkpoint_layers
-from trainer.layers.prepare import prepare_for_training
+from trainer.model.method import prepare_for_training
 
 FORWARD_SECONDS, BACKWARD_SECONDS = 0.04, 0.08
 

@@ -25,7 +25,7 @@ from tensor_models import make_model, prepare
 from trainer.layers.checkpointing import checkpoint_layers
 from trainer.layers.linear_cross_entropy import linear_cross_entropy
 from trainer.layers.lora_matmul import use_fast_lora
-from trainer.layers.prepare import prepare_for_training
+from trainer.model.method import prepare_for_training
 
 WRAPPERS = {"dp_replicate": DataParallel, "dp_shard": FullyShardedDataParallel, "pp": PipelineParallel}
 

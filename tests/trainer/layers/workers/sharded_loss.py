@@ -17,9 +17,9 @@ from parallel import Head, TensorParallel, gather_tensors, hidden_and_head, mode
 from trainer.layers.checkpointing import checkpoint_layers
 from trainer.layers.linear_cross_entropy import linear_cross_entropy
 from trainer.layers.lora_matmul import use_fast_lora
-from trainer.layers.prepare import prepare_for_training
 from trainer.layers.token_log_probs import token_log_probs
 from trainer.model.lora import DropoutKeys, LoRASpec, attach, find_targets
+from trainer.model.method import prepare_for_training
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tiny import make
