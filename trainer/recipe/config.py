@@ -186,7 +186,7 @@ class OptimizerConfig:
     weight_decay: float = setting(0.01, "Pull towards zero, on tensors of two or more dimensions only.", minimum=0)
     betas: list[float] = setting([0.9, 0.999], "Averaging of the first and second moment.", minimum=0, below=1)
     eps: float = setting(1e-8, "Added to the denominator of Adam.", above=0)
-    bias_correction: bool = setting(True, "Adam and AdamW as published; false = as mlx-lm trains by default.")
+    bias_correction: bool = setting(True, "Correct the moments' start at 0, as published; false = mlx-lm's default.")
     master_weights: bool = setting(
         True, "Keep float32 copies of 16-bit trainable weights: small updates are not lost."
     )
