@@ -15,7 +15,7 @@ from typing import Any
 from trainer.build import Run
 from trainer.files.storage import atomic_file, digest_of, read_json, write_json
 from trainer.machine.facts import machine_facts
-from trainer.metrics.rows import Row, Sample
+from trainer.metrics.records import Row, Sample
 
 BASELINE_FILE = "baseline.json"
 

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from trainer.metrics.rows import Row, Sample
+from trainer.metrics.records import Row, Sample
 from trainer.metrics.table import METRIC_KEYS, METRICS, STEP_KEY
 
 MODES = ("online", "offline", "disabled")

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from trainer.metrics.rows import read_rows
+from trainer.metrics.records import read_rows
 from trainer.metrics.table import METRICS
 from trainer.recipe.config import Recipe
 from trainer.recipe.load import to_yaml

@@ -19,7 +19,7 @@ from trainer.checkpoint.lock import sole_run
 from trainer.checkpoint.state import differences, find_checkpoint, keep_global_batch, restore, save_checkpoint
 from trainer.machine.blas import blas_hint
 from trainer.machine.limits import apply_limits, clear_large_cache
-from trainer.metrics.rows import Metrics, read_rows
+from trainer.metrics.records import Metrics, read_rows
 from trainer.metrics.table import STEP_KEY
 from trainer.metrics.throughput import memory_of_ranks
 from trainer.metrics.tracing import Profiler

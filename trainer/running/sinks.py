@@ -8,7 +8,7 @@ from trainer.bench.baseline import BaselineSink, baseline_facts
 from trainer.build import Run
 from trainer.files.storage import atomic_file, write_json
 from trainer.machine.facts import MACHINE_FILE, machine_facts
-from trainer.metrics.rows import JsonlSink, Metrics, Sink
+from trainer.metrics.records import JsonlSink, Metrics, Sink
 from trainer.metrics.terminal import TerminalSink
 from trainer.metrics.wandb_sink import WandbSink, wandb_mode
 from trainer.recipe.config import Recipe

@@ -8,7 +8,7 @@ import mlx.core as mx
 from parallel import model_layout, parallel_state
 from trainer.build import Run
 from trainer.files.tensor_files import named_tensors
-from trainer.metrics.rows import Metrics
+from trainer.metrics.records import Metrics
 from trainer.training.progress import WATCHDOG_ROWS, Progress
 
 
