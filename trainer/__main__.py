@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        argv: The words after ``python -m trainer``; default those of this process.
+        argv: The words after `python -m trainer`; default those of this process.
 
     Returns:
         The exit code.

@@ -26,18 +26,19 @@ def together(world: comm.Group, work: Callable[[], Result]) -> Result:
     """Do `work` on every rank; if it fails on any, all ranks raise.
 
     Args:
-        world: all ranks.
-        work: must not communicate.
+        world: All ranks.
+        work: What every rank does; it must not communicate.
 
     Raises:
-        AgreedUserError: a ValueError; `work` failed somewhere with what the user can mend. The text is the error's own
+        AgreedUserError: A ValueError; `work` failed somewhere with what the user can mend. The text is the error's own
             where all ranks met the same, else it names each rank and host.
-        AgreedSystemError: an OSError; likewise, when it failed with something else, such as a full disk.
+        AgreedSystemError: An OSError; likewise, when it failed with something else, such as a full disk.
     """
+    failure: Exception | None = None
     try:
-        result, failure = work(), None
+        result = work()
     except EXPECTED as error:
-        result, failure = None, error
+        failure = error
     problem, is_users = failure and sentence(failure), failure is None or isinstance(failure, USER_ERRORS)
     problems = comm.all_gather_object([problem, is_users], world)
     texts = [text for text, _ in problems]
@@ -60,11 +61,11 @@ def require_same(world: comm.Group, digests: dict[str, Any]) -> None:
     """Compare digests between ranks, together with the versions of MLX, mlx-lm and this package.
 
     Args:
-        world: all ranks.
-        digests: name of a thing that must be equal everywhere, to a JSON-able digest of it.
+        world: All ranks.
+        digests: Name of a thing that must be equal everywhere, to a JSON-able digest of it.
 
     Raises:
-        AgreedUserError: they differ; names the things, the hosts and what each has.
+        AgreedUserError: They differ; the text names the things, the hosts and what each has.
     """
     mine = {f"version of {name}": version(name) for name in ("mlx", "mlx-lm")}
     mine |= {"version of mlx-trainer": __version__} | digests
@@ -83,8 +84,8 @@ def broadcast_tensors(world: comm.Group, tensors: dict[str, mx.array] | None) ->
     """Rank 0's tensors on every rank, one at a time, as `(name, array)` pairs.
 
     Args:
-        world: all ranks.
-        tensors: rank 0's tensors by name; ignored elsewhere.
+        world: All ranks.
+        tensors: Rank 0's tensors by name; ignored elsewhere.
     """
     listing = [(n, list(t.shape), str(t.dtype).removeprefix("mlx.core.")) for n, t in (tensors or {}).items()]
     for name, shape, dtype in comm.broadcast_object(listing, world):

@@ -65,16 +65,17 @@ class Opened:
     def plan(self, rows: TokenizedRows, size: int, seed: int, epoch: int, shuffle: bool | None = None) -> list[PlannedBatch]:
         """The global batches of `size` lines of one pass over `rows`, packed or in groups of like length."""
         data = self.recipe.data
-        settings = {
-            "seed": seed,
-            "epoch": epoch,
-            "global_batch_size": size,
-            "max_seq_len": data.max_seq_len,
-            "shuffle": data.shuffle if shuffle is None else shuffle,
-        }
         if self.packed:
-            return plan_packed(rows.lengths, **settings)
-        return plan_epoch(rows.lengths, group_by_length=data.group_by_length, buckets=self.buckets, **settings)
+            planned = partial(plan_packed, rows.lengths)
+        else:
+            planned = partial(plan_epoch, rows.lengths, group_by_length=data.group_by_length, buckets=self.buckets)
+        return planned(
+            seed=seed,
+            epoch=epoch,
+            global_batch_size=size,
+            max_seq_len=data.max_seq_len,
+            shuffle=data.shuffle if shuffle is None else shuffle,
+        )
 
 
 def open_recipe(

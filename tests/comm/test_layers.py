@@ -25,7 +25,8 @@ FLOORS: dict[str, tuple[str, ...]] = {
 # The trainer's floors, the lowest first: a folder imports from its own line and from those above it here.
 TRAINER = (
     ("nearest",),
-    ("data", "recipe", "files"),
+    ("recipe", "files"),
+    ("data",),
     ("agreement",),
     ("layers", "metrics", "machine"),
     ("model",),
@@ -39,7 +40,8 @@ TRAINER = (
     ("verbs",),
     ("__main__",),
 )
-ALONE = ("data", "recipe", "files")  # import nothing of the trainer but themselves and the lowest floor
+# Import nothing of the trainer but themselves, the lowest floor and what is named here.
+ALONE: dict[str, tuple[str, ...]] = {"recipe": (), "files": (), "data": ("trainer/recipe",)}
 BELOW_TRAINER = ("comm", "trainer/__init__", "parallel/__init__", "parallel/tensor", "parallel/pipeline")
 COLLECTIVES = {
     "all_sum", "all_max", "all_min", "all_gather", "sum_scatter", "send", "recv", "recv_like",
@@ -84,7 +86,7 @@ def allowed_from(folder: str) -> set[str]:
     if name in ("__init__", "nearest"):
         return set()
     if name in ALONE:
-        return {"trainer/nearest", "comm"}
+        return {"trainer/nearest", "comm", *ALONE[name]}
     floor = next((number for number, names in enumerate(TRAINER) if name in names), None)
     assert floor is not None, f"{folder} has no floor: add it to TRAINER"
     return {f"trainer/{other}" for names in TRAINER[: floor + 1] for other in names} | set(BELOW_TRAINER)

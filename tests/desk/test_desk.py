@@ -11,7 +11,7 @@ import pytest
 from machines import Desk, why_not
 
 from ranks import slowness
-from trainer.metrics.rows import read_rows
+from trainer.metrics.records import read_rows
 
 ROOT = Path(__file__).parents[2]
 JOB = str(ROOT / "tests" / "comm" / "workers" / "job.py")

@@ -15,7 +15,7 @@ from typing import Any
 from trainer.build import Run
 from trainer.files.storage import atomic_file, digest_of, read_json, write_json
 from trainer.machine.facts import machine_facts
-from trainer.metrics.rows import Row, Sample
+from trainer.metrics.records import Row, Sample
 
 BASELINE_FILE = "baseline.json"
 
@@ -49,13 +49,13 @@ def write_baseline(output_dir: Path, facts: dict[str, Any], tokens_per_sec: floa
     """Record a measurement beside those of other settings; returns the file.
 
     Args:
-        output_dir: the recipe's; it is made.
-        facts: from `baseline_facts`.
-        tokens_per_sec: measured on one device.
+        output_dir: The recipe's output folder; it is made.
+        facts: What `baseline_facts` gave.
+        tokens_per_sec: Measured on one device.
         measured_by: "bench", or "run", which replaces only another run's.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: It cannot be written.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     entries, key = _entries(output_dir), digest_of(facts)
@@ -70,8 +70,8 @@ class BaselineSink:
     """Records the median tokens per second of a run on one device; the first row, which warms up, is left out.
 
     Args:
-        output_dir: of the run.
-        facts: from `baseline_facts`.
+        output_dir: The run's output folder.
+        facts: What `baseline_facts` gave.
     """
 
     def __init__(self, output_dir: Path, facts: dict[str, Any]) -> None:

@@ -11,14 +11,14 @@ class Measurement:
     """One side's figures; those that a side cannot measure are None.
 
     Attributes:
-        side: one of ``SIDES``.
-        tokens_per_sec: real (non-padding) tokens a second over the timed steps, all ranks.
-        step_s: seconds of a step; data_s, compute_s, optimizer_s are its parts.
-        padding_pct: share of padding in the timed steps.
-        peak_gib: peak memory after the model was loaded, the model included.
-        mfu_pct: model FLOPs utilisation, on chips whose peak is known.
-        loss: mean training loss of the timed steps.
-        facts: what a baseline for several devices depends on; from a measurement on one device.
+        side: One of `SIDES`.
+        tokens_per_sec: Real (non-padding) tokens a second over the timed steps, all ranks.
+        step_s: Seconds of a step; data_s, compute_s, optimizer_s are its parts.
+        padding_pct: Share of padding in the timed steps.
+        peak_gib: Peak memory after the model was loaded, the model included.
+        mfu_pct: Model FLOPs utilisation, on chips whose peak is known.
+        loss: Mean training loss of the timed steps.
+        facts: What a baseline for several devices depends on; from a measurement on one device.
     """
 
     side: str

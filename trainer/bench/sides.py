@@ -31,7 +31,7 @@ NEVER = 10**9
 
 
 def measure_trainer(recipe: Recipe, warmup: int, steps: int) -> Measurement | None:
-    """Time ``steps`` steps of the training loop after ``warmup`` ones; the figures on rank 0, None elsewhere."""
+    """Time `steps` steps of the training loop after `warmup` ones; the figures on rank 0, None elsewhere."""
     world = comm.init(recipe.parallel.backend if isinstance(recipe.parallel.backend, str) else "any")
     run = build(recipe, world, lambda line: print(line, file=sys.stderr))
     mx.reset_peak_memory()
@@ -76,7 +76,7 @@ def measure_mlx_lm(recipe: Recipe, warmup: int, steps: int) -> Measurement:
         steps_per_eval=NEVER,
         steps_per_save=NEVER,
         max_seq_length=recipe.data.max_seq_len,
-        adapter_file=Path(recipe.output_dir) / "adapters.safetensors",
+        adapter_file=str(Path(recipe.output_dir) / "adapters.safetensors"),
         grad_checkpoint=bool(recipe.gradient_checkpointing),
         grad_accumulation_steps=recipe.grad_accumulation_steps or 1,
     )

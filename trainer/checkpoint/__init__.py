@@ -1,1 +1,1 @@
-"""The folder of checkpoints, a run's state saved and taken up again, and who may write there."""
+"""The folder of checkpoints, a run's state saved and resumed, and who may write there."""

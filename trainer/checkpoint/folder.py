@@ -3,12 +3,12 @@
     checkpoints/step-0000100/   weights.safetensors optimizer.safetensors …  state.json  manifest.json
     checkpoints/best            names the checkpoint that is kept as the best one; usable wherever a checkpoint is
 
-A checkpoint is written as ``step-0000100.tmp``, flushed, and renamed; ``manifest.json`` holds each file's SHA-256 and
-size. What a run needs beside tensors goes into ``state.json``; its meaning is the training loop's business.
+A checkpoint is written as `step-0000100.tmp`, flushed, and renamed; `manifest.json` holds each file's SHA-256 and
+size. What a run needs beside tensors goes into `state.json`; its meaning is the training loop's business.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from trainer.files.storage import (
     remove,
     write_json,
 )
-from trainer.files.tensor_files import MAX_SHARD_BYTES, NamedTensors, consume, write_tensors
+from trainer.files.tensor_files import MAX_SHARD_BYTES, NamedTensors, consume, read_tensor_file, write_tensors
 
 STATE_FILE = "state.json"
 MANIFEST_FILE = "manifest.json"
@@ -46,7 +46,7 @@ class Checkpoint:
     Args:
         path: Its folder.
         step: Optimizer updates done when it was written.
-        state: What was given to ``CheckpointFolder.save`` as ``state``.
+        state: What was given to `CheckpointFolder.save` as `state`.
     """
 
     path: Path
@@ -63,14 +63,14 @@ class Checkpoint:
         shards = [self.path / file for file in sorted(_manifest(self.path)) if pattern.fullmatch(file)]
         if not shards:
             raise KeyError(f"{self.path} holds no tensors called {name!r}.")
-        return {key: tensor for shard in shards for key, tensor in mx.load(str(shard)).items()}
+        return {key: tensor for shard in shards for key, tensor in read_tensor_file(shard).items()}
 
 
 class CheckpointFolder:
     """Writes, prunes and finds the checkpoints of one run.
 
     Args:
-        folder: Where ``step-*`` folders live (made when first needed). None on ranks other than 0: ``save`` then only
+        folder: Where `step-*` folders live (made when first needed). None on ranks other than 0: `save` then only
             evaluates the tensors, so that gathers run on all ranks alike, and nothing is ever found.
         keep_last: How many of the newest checkpoints stay; None keeps all.
         max_shard_bytes: Upper limit of one safetensors file. Default 5 GB.
@@ -89,7 +89,7 @@ class CheckpointFolder:
         self.pinned = step
 
     def mark_best(self) -> None:
-        """Let ``best`` name the pinned checkpoint; without one, ``best`` goes away. ``save`` does this too."""
+        """Let `best` name the pinned checkpoint; without one, `best` goes away. `save` does this too."""
         if self.folder is None:
             return
         mark = self.folder / BEST_FILE
@@ -100,7 +100,7 @@ class CheckpointFolder:
                 file.write_text(_name(self.pinned) + "\n")
 
     def save(
-        self, step: int, files: dict[str, NamedTensors], state: dict, *, keep_all: bool = False
+        self, step: int, files: Mapping[str, NamedTensors], state: dict, *, keep_all: bool = False
     ) -> Path | None:
         """Write a checkpoint, then remove those that are no longer kept.
 
@@ -128,7 +128,7 @@ class CheckpointFolder:
         remaining = dict(files)
         try:
             with atomic_folder(target) as tmp:
-                records = {}
+                records: dict[str, FileRecord] = {}
                 for name in files:
                     tensors = remaining.pop(name)
                     records |= write_tensors(tmp, name, tensors, max_shard_bytes=self.max_shard_bytes)
@@ -146,7 +146,7 @@ class CheckpointFolder:
         return self.folder is not None and (self.folder / _name(step) / MANIFEST_FILE).is_file()
 
     def open_step(self, step: int) -> Checkpoint:
-        """Open the checkpoint of a step, after the same check as ``newest``. Raises CheckpointError."""
+        """Open the checkpoint of a step, after the same check as `newest`. Raises CheckpointError."""
         assert self.folder is not None, "only a rank with a disk reads"
         return open_checkpoint(self.folder / _name(step))
 
@@ -166,7 +166,7 @@ class CheckpointFolder:
         """The newest checkpoint that is whole and whose state is wanted, or None.
 
         Every file is read and compared with its recorded SHA-256. A checkpoint that is torn or was changed is named
-        through ``notice`` and passed over.
+        through `notice` and passed over.
         """
         for path in reversed(self._folders()):
             try:
@@ -178,7 +178,7 @@ class CheckpointFolder:
         return None
 
     def open(self, path: Path) -> Checkpoint:
-        """Open one checkpoint after the same check as ``newest``. Raises CheckpointError if it is not whole."""
+        """Open one checkpoint after the same check as `newest`. Raises CheckpointError if it is not whole."""
         return open_checkpoint(path)
 
     def _folders(self) -> list[Path]:
@@ -188,7 +188,7 @@ class CheckpointFolder:
         return sorted(named, key=_step_of)
 
     def _prune(self, step: int, keep_all: bool) -> None:
-        """Called only once the checkpoint of ``step`` stands."""
+        """Called only once the checkpoint of `step` stands."""
         assert self.folder is not None, "a rank without a disk has nothing to prune"
         for leftover in self.folder.glob(f"step-*{TMP_SUFFIX}"):
             remove(leftover)
@@ -217,7 +217,7 @@ class CheckpointFolder:
 
 
 def follow_best(path: Path) -> Path:
-    """The checkpoint that a ``best`` file names; any other path as it is.
+    """The checkpoint that a `best` file names; any other path as it is.
 
     Raises:
         CheckpointError: The file names no checkpoint.
@@ -231,7 +231,7 @@ def follow_best(path: Path) -> Path:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Check every file of a checkpoint (or of the one that ``best`` names) against its manifest, and open it.
+    """Check every file of a checkpoint (or of the one that `best` names) against its manifest, and open it.
 
     Raises:
         CheckpointError: A file is missing, torn or changed, or the folder is no checkpoint. The text names it.

@@ -24,11 +24,12 @@ def sole_run(world: comm.Group, output_dir: Path | None) -> Iterator[None]:
     """Keep other runs out of the folder for the duration of a `with` block. Every rank calls it.
 
     Args:
-        world: all ranks.
-        output_dir: made if need be, and removed if nothing was put into it; None on ranks without a disk.
+        world: All ranks.
+        output_dir: The run's folder: made if need be, and removed if nothing was put into it; None on ranks without a
+            disk.
 
     Raises:
-        AgreedUserError: another run has the folder; names its process and host.
+        AgreedUserError: Another run has the folder; the text names its process and host.
     """
     is_new = output_dir is not None and not output_dir.exists()
     held = together(world, lambda: _hold(output_dir) if output_dir is not None else None)

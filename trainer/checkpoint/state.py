@@ -1,7 +1,7 @@
-"""Saving a run's state and taking it up again, on the same or on another number of ranks.
+"""Saving a run's state and resuming from it, on the same or on another number of ranks.
 
 Rank 0 holds the files: it chooses the checkpoint and sends the state. A checkpoint of another model, data,
-method, seed, batch or base weights is refused; other changes of the recipe go on with a notice.
+method, seed, batch or base weights is refused; after other changes of the recipe the run resumes with a notice.
 """
 
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
 import comm
 from parallel import ParameterLayout, gather_tensors, model_layout, slice_tensors
@@ -20,6 +20,7 @@ from trainer.build import Run
 from trainer.checkpoint.folder import RESULT_FILE, Checkpoint, CheckpointError, CheckpointFolder
 from trainer.checkpoint.weights_digest import weights_digest
 from trainer.files.storage import atomic_file, read_json, write_json
+from trainer.files.tensor_files import named_tensors
 from trainer.model.loading import model_dtype, source_folder
 from trainer.recipe.config import Recipe
 from trainer.recipe.load import flattened
@@ -35,9 +36,9 @@ class Found:
     """What a run continues from.
 
     Attributes:
-        checkpoint: on rank 0, where there is one; None elsewhere.
-        state: its state on every rank; None for a new run.
-        run: number of the run in its output folder, on every rank.
+        checkpoint: The checkpoint on rank 0, where there is one; None elsewhere.
+        state: Its state on every rank; None for a new run.
+        run: Number of the run in its output folder, on every rank.
     """
 
     checkpoint: Checkpoint | None
@@ -54,7 +55,7 @@ def save_checkpoint(run: Run, folder: CheckpointFolder, progress: Progress) -> P
     may be worth nothing.
     """
     layout = model_layout(run.model)
-    weights = tree_flatten(run.model.trainable_parameters())
+    weights = named_tensors(run.model.trainable_parameters())
     files = {
         "weights": gather_tensors(layout, weights, run.mesh.pp),
         "optimizer": gather_tensors(_slot_layout(layout, run.optimizer), run.optimizer.tensors(), run.mesh.pp),
@@ -82,7 +83,7 @@ def find_checkpoint(recipe: Recipe, folder: CheckpointFolder, world: comm.Group,
     """The checkpoint that `checkpoint.resume` means; rank 0 looks, every rank gets its state.
 
     Raises:
-        ValueError: a checkpoint named by path is not whole.
+        ValueError: A checkpoint named by path is not whole.
     """
 
     def look() -> Checkpoint | None:
@@ -129,7 +130,7 @@ def _number(folder: CheckpointFolder, checkpoint: Checkpoint | None) -> int:
 
 
 def _run_number(folder: CheckpointFolder, checkpoint: Checkpoint | None) -> int:
-    """A run goes on under the number in its own folder's checkpoint; a new one counts on from what is there."""
+    """A run resumes under the number in its own folder's checkpoint; a new one counts on from what is there."""
     assert folder.folder is not None, "only a rank with a disk reads"
     if checkpoint is not None and checkpoint.path.parent.resolve() == folder.folder.resolve():
         return _run_of(checkpoint.state)
@@ -150,16 +151,16 @@ def keep_global_batch(recipe: Recipe, found: Found, dp: int) -> tuple[Recipe, in
     """Hold a resumed run to its global batch when only the number of ranks has changed.
 
     Args:
-        recipe: of the run to be continued.
-        found: its checkpoint.
-        dp: data-parallel ranks now.
+        recipe: The recipe of the run to be resumed.
+        found: Its checkpoint.
+        dp: Data-parallel ranks now.
 
     Returns:
         The recipe, with `global_batch_size` set where the checkpoint decides it (accumulation follows), and the
         number of data-parallel ranks for which the recipe as written gives that batch.
 
     Raises:
-        RecipeError: the global batch cannot be divided by the ranks there are now.
+        RecipeError: The global batch cannot be divided by the ranks there are now.
     """
     if found.state is None:
         return recipe, dp
@@ -175,16 +176,16 @@ def restore(run: Run, folder: CheckpointFolder, found: Found, notice: Notice) ->
     """Load rank 0's checkpoint into every rank's model and optimizer.
 
     Args:
-        run: freshly built.
-        folder: of the run's checkpoints.
-        found: from `find_checkpoint`.
-        notice: gets one line per change of settings.
+        run: The run, freshly built.
+        folder: The folder of the run's checkpoints.
+        found: What `find_checkpoint` gave.
+        notice: Gets one line per change of settings.
 
     Returns:
         Where the run stands; a fresh `Progress` without a checkpoint.
 
     Raises:
-        ValueError: the checkpoint belongs to another run; lists the keys.
+        ValueError: The checkpoint belongs to another run; the text lists the keys.
     """
     world, checkpoint, state = run.world, found.checkpoint, found.state
     if state is None:
@@ -202,8 +203,9 @@ def restore(run: Run, folder: CheckpointFolder, found: Found, notice: Notice) ->
     run.optimizer.load(slots, state["num_updates"])
     mx.eval(run.optimizer.state)
     progress = replace(Progress.resumed(state["progress"]), run=found.run)
-    if run.recipe.eval.patience and progress.best_step is not None:
-        _find_best(run.world, folder, progress, notice)
+    best = progress.best_step
+    if run.recipe.eval.patience and best is not None and not _found_best(run.world, folder, best, notice):
+        progress.forget_best()
     return progress
 
 
@@ -215,19 +217,19 @@ def differences(found: Found, recipe: Recipe) -> list[str]:
 def load_weights(run: Run, checkpoint: Checkpoint | None) -> None:
     """Load the trainable weights of rank 0's checkpoint into every rank's model; None on the other ranks."""
     weights = broadcast_tensors(run.world, checkpoint.tensors("weights") if checkpoint else None)
-    own = {name for name, _ in tree_flatten(run.model.trainable_parameters())}
+    own = {name for name, _ in named_tensors(run.model.trainable_parameters())}
     run.model.update(tree_unflatten(list(slice_tensors(model_layout(run.model), weights, own))))
     mx.eval(run.model.trainable_parameters())
 
 
-def _find_best(world: comm.Group, folder: CheckpointFolder, progress: Progress, notice: Notice) -> None:
-    """Keep the best checkpoint; where it is gone, or in another folder, the best is chosen anew."""
-    if comm.broadcast_object(folder.holds(progress.best_step), world):
-        folder.pin(progress.best_step)
-        together(world, folder.mark_best)
-    else:
-        notice(f"the best checkpoint, of step {progress.best_step}, is not in this folder: the best is chosen anew")
-        progress.forget_best()
+def _found_best(world: comm.Group, folder: CheckpointFolder, step: int, notice: Notice) -> bool:
+    """Keep the best checkpoint; False where it is gone, or in another folder, and the best is to be chosen anew."""
+    if not comm.broadcast_object(folder.holds(step), world):
+        notice(f"the best checkpoint, of step {step}, is not in this folder: the best is chosen anew")
+        return False
+    folder.pin(step)
+    together(world, folder.mark_best)
+    return True
 
 
 def _slot_layout(layout: dict[str, ParameterLayout], optimizer: Any) -> dict[str, ParameterLayout]:

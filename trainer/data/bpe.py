@@ -24,11 +24,11 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokeniz
     and a padding token and a plain chat template (`role:`, a new line, the content, EOS).
 
     Args:
-        texts: what to learn the merges from; prompts and completions alike.
-        vocab_size: entries in all; fewer when the texts have no more pairs to merge.
+        texts: What to learn the merges from; prompts and completions alike.
+        vocab_size: Size of the vocabulary; smaller when the texts have no more pairs to merge.
 
     Raises:
-        ValueError: when `vocab_size` has no room for the 256 bytes and the special tokens.
+        ValueError: `vocab_size` has no room for the 256 bytes and the special tokens.
     """
     from tokenizers import (
         Regex,

@@ -29,12 +29,12 @@ def render_chat(tokenizer: Any, messages: list[dict], tools: list | None, genera
     """The chat as text.
 
     Args:
-        tokenizer: a transformers tokenizer or mlx-lm's wrapper of one.
-        messages, tools: as chat templates take them.
-        generate: end with the prompt for the assistant's next turn.
+        tokenizer: A transformers tokenizer or mlx-lm's wrapper of one.
+        messages, tools: The chat and its tools, as chat templates take them.
+        generate: End with the prompt for the assistant's next turn.
 
     Raises:
-        ChatTemplateError: when the tokenizer has no chat template, or the template refuses the chat.
+        ChatTemplateError: The tokenizer has no chat template, or the template refuses the chat.
     """
     if getattr(tokenizer, "chat_template", None) is None and not getattr(tokenizer, "has_chat_template", False):
         raise ChatTemplateError("the tokenizer has no chat template")
@@ -53,7 +53,7 @@ def require_tool_calls(tokenizer: Any, messages: list[dict], tools: list | None)
     """Refuse a chat whose tool calls the template leaves out: the model would learn to answer without them.
 
     Raises:
-        ChatTemplateError: names the message.
+        ChatTemplateError: The template leaves out a tool call; the text names the message.
     """
     for position, message in enumerate(messages):
         if not message.get("tool_calls"):
@@ -108,7 +108,7 @@ def assistant_turns(
         `answer_stop` ends what the assistant says (tool calls included), `stop` ends its end-of-turn token.
 
     Raises:
-        ChatTemplateError: when a turn's place cannot be shown.
+        ChatTemplateError: A turn's place cannot be shown.
     """
     ends = _message_ends(tokenizer, messages, tools, text)
     tokens = special_tokens(tokenizer)

@@ -19,11 +19,11 @@ def collate(rows: Rows, batch: PlannedBatch, positions: slice, pad_id: int) -> d
     """The arrays of some positions of a global batch.
 
     Args:
-        rows: the tokenised rows that the plan indexes.
-        batch: one batch of `plan_epoch` or `plan_packed`.
+        rows: The tokenised rows that the plan indexes.
+        batch: One batch of `plan_epoch` or `plan_packed`.
         positions: `slice(start, stop)` of the global batch: one rank's micro-batch. Positions past the last
             planned one become empty rows (all padding), so every rank has the same shapes.
-        pad_id: token written where there is no row.
+        pad_id: Token written where there is no row.
 
     Returns:
         `{"tokens": (B, L) int32, "mask": (B, L) bool, "segments": (B, L) int32}` with B = stop - start and

@@ -37,13 +37,13 @@ def encode_documents(
     """Token rows for documents of one format.
 
     Args:
-        documents: at least one.
-        tokenizer: a transformers tokenizer or mlx-lm's wrapper of one, with an EOS token.
+        documents: The documents, at least one.
+        tokenizer: A transformers tokenizer or mlx-lm's wrapper of one, with an EOS token.
         loss_on: "all", "completion" or "assistant", already resolved for the format.
-        max_seq_len: longer rows are cut at their end.
+        max_seq_len: Most tokens of a row; longer rows are cut at their end.
 
     Raises:
-        ValueError: when the tokenizer has no EOS token, or cannot say where a chat's tokens lie in the text.
+        ValueError: The tokenizer has no EOS token, or cannot say where a chat's tokens lie in the text.
     """
     tokenizer = plain_tokenizer(tokenizer)
     if tokenizer.eos_token_id is None:
@@ -80,15 +80,15 @@ def _truncate(row: EncodedRow, max_seq_len: int) -> EncodedRow:
 
 
 def _encode_completions(documents: Sequence[Document], tokenizer: Any, loss_on: str) -> list[EncodedRow]:
-    whole = tokenizer([document.text for document in documents])["input_ids"]
-    prompts = tokenizer([document.prompt for document in documents])["input_ids"]
+    texts = [(document.text, document.prompt or "") for document in documents]
+    whole = tokenizer([text for text, _ in texts])["input_ids"]
+    prompts = tokenizer([start for _, start in texts])["input_ids"]
     rows = []
-    for document, ids, prompt in zip(documents, whole, prompts):
-        if prompt and prompt[-1] == tokenizer.eos_token_id and not document.prompt.endswith(tokenizer.eos_token):
+    for (text, start), ids, prompt in zip(texts, whole, prompts):
+        if prompt and prompt[-1] == tokenizer.eos_token_id and not start.endswith(tokenizer.eos_token):
             prompt = prompt[:-1]  # this tokenizer closes every text by itself; the prompt is not closed here
         if ids[: len(prompt)] != prompt or len(ids) == len(prompt):
-            answer = document.text[len(document.prompt) :]
-            ids = prompt + tokenizer(answer, add_special_tokens=False)["input_ids"]
+            ids = prompt + tokenizer(text[len(start) :], add_special_tokens=False)["input_ids"]
         ids = _with_eos(ids, tokenizer)
         first_target = 0 if loss_on == "all" else len(prompt)
         rows.append(_row(ids, first_target, (len(prompt), len(ids) - 1)))

@@ -41,8 +41,8 @@ class LocalFile:
     """The rows of one file.
 
     Args:
-        path: the file.
-        read: yields its rows.
+        path: The file.
+        read: Yields the file's rows.
     """
 
     path: Path
@@ -63,7 +63,7 @@ def open_file(path: Path) -> RowFile:
     """The rows of a file, read as its suffix says.
 
     Raises:
-        ValueError: when there is no reader for the suffix.
+        ValueError: There is no reader for the suffix.
     """
     readers = {".jsonl": read_json_lines, ".parquet": read_parquet, ".csv": read_csv}
     if path.suffix not in readers:

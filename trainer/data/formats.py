@@ -58,11 +58,11 @@ def detect_format(row: Mapping[str, Any], columns: Mapping[str, str]) -> str:
     """The format whose columns the row has: chat, then completion, alpaca, text.
 
     Args:
-        row: the first row of a source.
-        columns: our column name -> the name it has in this source.
+        row: The first row of a source.
+        columns: Our column name -> the name it has in this source.
 
     Raises:
-        ValueError: when no format fits, with the row's columns and what each format needs.
+        ValueError: No format fits; the text has the row's columns and what each format needs.
     """
     for name, needed in FORMATS.items():
         if all(columns.get(column, column) in row for column in needed):
@@ -81,7 +81,7 @@ def resolve_loss_on(loss_on: str, format: str) -> str:
     """What `auto` means for a format; refuses what the format has no spans for.
 
     Raises:
-        ValueError: for a choice this format cannot serve.
+        ValueError: The format cannot serve this choice.
     """
     if loss_on == "auto":
         return LOSS_ON[format][0]
@@ -96,14 +96,14 @@ def render(row: Mapping[str, Any], format: str, columns: Mapping[str, str], toke
     """The document that a row stands for.
 
     Args:
-        row: column -> value.
-        format: a key of `FORMATS`.
-        columns: our column name -> the source's name.
-        tokenizer: its chat template renders chat rows.
-        spans: whether a chat's assistant turns must be found; without, a template that hides them is accepted.
+        row: The row, column -> value.
+        format: A key of `FORMATS`.
+        columns: Our column name -> the source's name.
+        tokenizer: The tokenizer whose chat template renders chat rows.
+        spans: Whether a chat's assistant turns must be found; without, a template that hides them is accepted.
 
     Raises:
-        BadRow: with the reason.
+        BadRow: The row cannot be used; the text says why.
     """
 
     def text_of(column: str, *, default: str | None = None) -> str:

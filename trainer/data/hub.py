@@ -17,8 +17,8 @@ class HubRows:
     """The rows of one split of a repo.
 
     Args:
-        path: what `datasets.load_dataset` takes: a repo, or a folder in the hub's layout.
-        split: a split's name, or a slice of one such as `train[:90%]`.
+        path: What `datasets.load_dataset` takes: a repo, or a folder in the hub's layout.
+        split: A split's name, or a slice of one such as `train[:90%]`.
     """
 
     def __init__(self, path: str, split: str):
@@ -46,7 +46,7 @@ def open_hub_split(path: str, names: tuple[str, ...]) -> HubRows | None:
     """The first of these splits that a repo has, None when it has none of them.
 
     Raises:
-        ValueError: when the repo is not there or cannot be reached; the hub's own reason is in the message.
+        ValueError: The repo is not there or cannot be reached; the hub's own reason is in the message.
     """
     from datasets import get_dataset_split_names
 

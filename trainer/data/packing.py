@@ -25,10 +25,10 @@ def plan_packed(
     """Every global batch of one epoch with several documents a line.
 
     Args:
-        lengths: tokens per row, none above `max_seq_len`.
-        seed, epoch: choose which of equally long rows meet, and the order of the lines.
-        global_batch_size: lines (not documents) per batch over all ranks and micro-batches.
-        max_seq_len: length of every line.
+        lengths: Tokens per row, none above `max_seq_len`.
+        seed, epoch: Choose which of equally long rows meet, and the order of the lines.
+        global_batch_size: Lines (not documents) per batch over all ranks and micro-batches.
+        max_seq_len: Length of every line.
         shuffle: False keeps lines in the order of their first row in the file.
 
     Returns:
@@ -36,7 +36,7 @@ def plan_packed(
         number of steps, since all divide the same batches.
 
     Raises:
-        ValueError: when there are no rows, a row is too long, or the batch size is below 1.
+        ValueError: There are no rows, a row is too long, or the batch size is below 1.
     """
     lengths = np.asarray(lengths)
     if len(lengths) == 0:
@@ -61,9 +61,9 @@ def pack_best_fit(lengths: np.ndarray, order: np.ndarray, capacity: int) -> list
     """Lines of row indices whose lengths sum to at most `capacity`.
 
     Args:
-        lengths: tokens per row.
-        order: rows in the order in which equally long ones are taken.
-        capacity: tokens per line.
+        lengths: Tokens per row.
+        order: Rows in the order in which equally long ones are taken.
+        capacity: Tokens per line.
     """
     waiting: dict[int, list[int]] = {}
     for row in order[::-1].tolist():

@@ -43,8 +43,9 @@ def bucket_lengths(lengths: Sequence[int] | np.ndarray, max_seq_len: int) -> np.
     """The padded lengths, at most eight, that cost these rows the least padding.
 
     Args:
-        lengths: tokens per row, none above `max_seq_len`.
-        max_seq_len: always the largest bucket, so that other rows of the same run (validation) fit as well.
+        lengths: Tokens per row, none above `max_seq_len`.
+        max_seq_len: The longest row, which is always the largest bucket, so that other rows of the run (validation)
+            fit as well.
 
     Returns:
         Ascending int64 array: multiples of 8 (of 16, 24, ... above 2048 tokens, to choose from 256 at most) and
@@ -88,15 +89,15 @@ def plan_epoch(
     order of the rows. Both off: file order. The incomplete batch, if there is one, comes last.
 
     Args:
-        lengths: tokens per row.
-        seed, epoch: choose the random order.
-        global_batch_size: rows per batch over all ranks and micro-batches.
-        max_seq_len: longest padded length.
-        buckets: padded lengths to use, ascending; those of `bucket_lengths(lengths, max_seq_len)` by default.
+        lengths: Tokens per row.
+        seed, epoch: Choose the random order.
+        global_batch_size: Rows per batch over all ranks and micro-batches.
+        max_seq_len: Longest padded length.
+        buckets: Padded lengths to use, ascending; those of `bucket_lengths(lengths, max_seq_len)` by default.
             Pass the training rows' buckets when planning validation, so that a run keeps to eight shapes.
 
     Raises:
-        ValueError: when there are no rows or the batch size is below 1.
+        ValueError: There are no rows or the batch size is below 1.
     """
     lengths = np.asarray(lengths)
     if len(lengths) == 0:

@@ -66,9 +66,9 @@ class TokenizedRows:
     """Rows to train or evaluate on, by index.
 
     Args:
-        stores: the sources' rows.
-        store_of_row, row_in_store: per row of this set, where it lies.
-        tokenizer: decodes reference answers.
+        stores: The sources' rows.
+        store_of_row, row_in_store: For each row of this set, where it lies.
+        tokenizer: Decodes reference answers.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class TokenizedRows:
         """Check every token against the model's embedding, which reads beyond its memory where an id is too large.
 
         Raises:
-            ValueError: a token's id has no row in the embedding.
+            ValueError: A token's id has no row in the embedding.
         """
         for store in self._stores:
             highest = int(store.tokens.max()) if len(store.tokens) else 0

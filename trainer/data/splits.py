@@ -8,9 +8,11 @@ same rows.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
+
+from trainer.recipe.config import DataConfig, DataSource
 
 from .cache import cache_folder, cache_key, cached_store, tokenizer_digest
 from .encode import EncodedRow, encode_documents
@@ -18,22 +20,10 @@ from .files import RowFile
 from .formats import BadRow, Document, detect_format, render, resolve_loss_on
 from .plan import random_order
 from .rows import TokenizedRows, TokenStore
-from .sources import VALID_NAMES, Source, open_split, parse_sources
+from .sources import VALID_NAMES, listed_sources, open_split
 
 ROWS_AT_ONCE = 1000
 MAX_LISTED = 10
-
-
-class DataConfig(Protocol):
-    """The part of a recipe's `data:` that is read here."""
-
-    train: Any
-    valid: Any
-    val_fraction: float
-    format: str
-    max_seq_len: int
-    loss_on: str
-    on_bad_row: str
 
 
 @dataclass(frozen=True)
@@ -41,8 +31,8 @@ class RowSequences:
     """How a row becomes the sequences that are trained.
 
     Attributes:
-        name: Of the way; tokens are cached under it.
-        of_row: From an encoded row to its sequences.
+        name: Name of the way; tokens are cached under it.
+        of_row: Gives the sequences of an encoded row.
     """
 
     name: str
@@ -72,19 +62,19 @@ def load_splits(
     `data.val_fraction` of each source's rows in file order.
 
     Args:
-        data: the recipe's `data:`.
-        tokenizer: a transformers tokenizer or mlx-lm's wrapper of one.
-        seed: for generated rows and the choice of rows by fractional weights.
-        cache_dir: folder for tokenised rows; `MLX_TRAINER_CACHE` or `~/.cache/mlx-trainer` by default.
-        notice: takes one line about what was cut or passed over.
+        data: The recipe's `data:`.
+        tokenizer: A transformers tokenizer or mlx-lm's wrapper of one.
+        seed: Seed of generated rows and of the choice of rows by fractional weights.
+        cache_dir: Folder for tokenised rows; `MLX_TRAINER_CACHE` or `~/.cache/mlx-trainer` by default.
+        notice: Takes one line about what was cut or passed over.
         sequences: How a row becomes sequences. Default: it is one.
 
     Raises:
-        ValueError: for sources that are not there, rows that cannot be used, and empty splits.
+        ValueError: A source is not there, rows cannot be used, or a split is empty.
     """
     reader = _Reader(data, tokenizer, seed, cache_dir, notice, sequences)
     train, valid = [], []
-    for source in parse_sources(data.train, "data.train"):
+    for source in listed_sources(data.train, "data.train"):
         store = reader.read(source, (source.split or "train",))
         names = tuple(name for name in VALID_NAMES if name != source.split)  # never validate on what is trained on
         held_out = None if data.valid is not None else reader.read_if_there(source, names)
@@ -96,7 +86,7 @@ def load_splits(
             valid.append(_Part(store, len(store) - num_valid, len(store)))
         train.append(_Part(store, 0, len(store) - num_valid, source.weight))
     if data.valid is not None:
-        for source in parse_sources(data.valid, "data.valid"):
+        for source in listed_sources(data.valid, "data.valid"):
             store = reader.read(source, (source.split,) if source.split else (*VALID_NAMES, "train"))
             valid.append(_Part(store, 0, len(store), source.weight))
     rows = _mix(train, seed, tokenizer)
@@ -117,7 +107,7 @@ def load_split(
     """The rows of one split by name: "train" and "valid" as `load_splits` makes them, others as the source has them.
 
     Raises:
-        ValueError: when there is no such split.
+        ValueError: There is no such split.
     """
     if split in ("train", *VALID_NAMES):
         splits = load_splits(data, tokenizer, seed, cache_dir=cache_dir, notice=notice)
@@ -126,7 +116,7 @@ def load_split(
             raise ValueError("There is no validation split: data.valid is null, none was found and val_fraction is 0.")
         return rows
     reader = _Reader(data, tokenizer, seed, cache_dir, notice)
-    stores = [reader.read(source, (split,)) for source in parse_sources(data.train, "data.train")]
+    stores = [reader.read(source, (split,)) for source in listed_sources(data.train, "data.train")]
     return _mix([_Part(store, 0, len(store)) for store in stores], seed, tokenizer)
 
 
@@ -165,13 +155,13 @@ class _Reader:
     notice: Callable[[str], None]
     sequences: RowSequences | None = None
 
-    def read(self, source: Source, names: tuple[str, ...]) -> TokenStore:
+    def read(self, source: DataSource, names: tuple[str, ...]) -> TokenStore:
         store = self.read_if_there(source, names)
         if store is None:
             raise ValueError(f"{source.path} has no split {' or '.join(names)}.")
         return store
 
-    def read_if_there(self, source: Source, names: tuple[str, ...]) -> TokenStore | None:
+    def read_if_there(self, source: DataSource, names: tuple[str, ...]) -> TokenStore | None:
         file = open_split(source.path, names, self.seed)
         if file is None:
             return None
@@ -179,7 +169,7 @@ class _Reader:
             rows=file.digest(),
             tokenizer=tokenizer_digest(self.tokenizer),
             format=source.format or self.data.format,
-            columns=dict(source.columns),
+            columns=source.columns or {},
             loss_on=self.data.loss_on,
             max_seq_len=self.data.max_seq_len,
             on_bad_row=self.data.on_bad_row,
@@ -200,7 +190,7 @@ class _Reader:
             dropped = f"; {store.dropped} of them had no target left and are out" if store.dropped else ""
             self.notice(f"{name}: {store.truncated} rows cut to {self.data.max_seq_len} tokens{dropped}")
 
-    def _tokenise(self, file: RowFile, source: Source) -> TokenStore:
+    def _tokenise(self, file: RowFile, source: DataSource) -> TokenStore:
         kept: list[EncodedRow] = []
         dropped = 0
         problems = _Problems(skip=self.data.on_bad_row == "skip")
@@ -220,22 +210,23 @@ class _Reader:
         return TokenStore.from_rows(kept, dropped=dropped, skipped=problems.count)
 
     def _documents(
-        self, file: RowFile, source: Source, problems: "_Problems"
+        self, file: RowFile, source: DataSource, problems: "_Problems"
     ) -> Iterator[tuple[list[tuple[str, Document]], str]]:
         """Rendered rows with their places, a thousand at a time, and what of them is trained on."""
-        format = source.format or self.data.format
-        loss_on = None
+        format: str = source.format or self.data.format
+        columns = source.columns or {}
+        loss_on = ""  # decided by the first row that can be read
         chunk: list[tuple[str, Document]] = []
         for place, row, reason in file:
             if row is None:
                 problems.add(place, reason)
                 continue
-            if loss_on is None:
-                format = detect_format(row, source.columns) if format == "auto" else format
+            if not loss_on:
+                format = detect_format(row, columns) if format == "auto" else format
                 loss_on = resolve_loss_on(self.data.loss_on, format)
             try:
                 spans = loss_on in ("assistant", "completion")
-                chunk.append((place, render(row, format, source.columns, self.tokenizer, spans)))
+                chunk.append((place, render(row, format, columns, self.tokenizer, spans)))
             except BadRow as error:
                 problems.add(place, str(error))
             if len(chunk) == ROWS_AT_ONCE:

@@ -69,10 +69,10 @@ def synthetic_rows(name: str, split: str, seed: int) -> list[dict[str, str]]:
     Args:
         name: "sql" or "sql-pipe".
         split: "train" (10000 rows), "valid" or "test" (256 each). No query of one split occurs in another.
-        seed: chooses the rows; the split a query belongs to does not depend on it.
+        seed: Chooses the rows; the split a query belongs to does not depend on it.
 
     Raises:
-        ValueError: for an unknown name or split, with the nearest known name.
+        ValueError: The name or the split is unknown; the text has the nearest known one.
     """
     if name not in DIALECTS:
         near = nearest(name, DIALECTS)

@@ -15,10 +15,10 @@ class TargetBounds:
     """The bounds of one run; the same on every rank.
 
     Args:
-        num_targets: target tokens per row.
-        lengths: tokens per row.
-        plan: the batches of one epoch.
-        micro_batch_size: lines of a micro-batch.
+        num_targets: Target tokens per row.
+        lengths: Tokens per row.
+        plan: The batches of one epoch.
+        micro_batch_size: Lines of a micro-batch.
     """
 
     def __init__(

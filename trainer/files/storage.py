@@ -66,8 +66,8 @@ def file_record(path: Path) -> FileRecord:
 def atomic_folder(target: Path) -> Iterator[Path]:
     """A folder that appears under its name only when it is complete.
 
-    Yields ``<target>.tmp``, empty. When the block ends, the folder is flushed and takes the place of ``target``; an
-    older ``target`` is gone only once the new one stands. When the block raises, what was written is removed.
+    Yields `<target>.tmp`, empty. When the block ends, the folder is flushed and takes the place of `target`; an
+    older `target` is gone only once the new one stands. When the block raises, what was written is removed.
     """
     tmp = target.with_name(target.name + TMP_SUFFIX)
     replaced = target.with_name(f"{target.name}.replaced{TMP_SUFFIX}")
@@ -91,7 +91,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_file(target: Path) -> Iterator[Path]:
-    """A file that appears under its name only when it is complete. Yields ``<target>.tmp``, to be written."""
+    """A file that appears under its name only when it is complete. Yields `<target>.tmp`, to be written."""
     tmp = target.with_name(target.name + TMP_SUFFIX)
     tmp.unlink(missing_ok=True)  # a left-over, or a link that leads elsewhere
     try:
@@ -115,7 +115,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_files(folder: Path) -> None:
-    """Flush the files directly in ``folder`` that other packages wrote."""
+    """Flush the files directly in `folder` that other packages wrote."""
     for path in folder.iterdir():
         if path.is_file():
             with open(path, "rb") as file:
@@ -129,7 +129,7 @@ def remove(path: Path) -> None:
 
 
 def explain(error: OSError, folder: Path) -> str:
-    """One sentence on why writing into ``folder`` failed, with the free space when that is what ran out."""
+    """One sentence on why writing into `folder` failed, with the free space when that is what ran out."""
     reason = error.strerror or str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         existing = next(parent for parent in (folder, *folder.parents) if parent.exists())

@@ -12,9 +12,11 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 
 from trainer.files.storage import CHUNK_BYTES, FileRecord, file_record
 
@@ -41,6 +43,16 @@ DTYPE_NAMES = {
 NamedTensors = Iterable[tuple[str, mx.array]]
 
 
+def named_tensors(tree: object) -> list[tuple[str, mx.array]]:
+    """The (dotted name, array) pairs of a tree of arrays, such as a model's parameters.
+
+    Args:
+        tree: Dictionaries and lists, nested, with arrays as their leaves.
+    """
+    # Without a destination it is always a list; MLX's annotation has the dictionary of the other case too.
+    return cast(list[tuple[str, mx.array]], tree_flatten(tree))
+
+
 def write_tensors(
     folder: Path,
     stem: str,
@@ -49,7 +61,7 @@ def write_tensors(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     header_room_bytes: int = HEADER_ROOM_BYTES,
 ) -> dict[str, FileRecord]:
-    """Write ``folder/stem.safetensors``, or ``stem-0000i-of-0000n.safetensors`` when the tensors need several files.
+    """Write `folder/stem.safetensors`, or `stem-0000i-of-0000n.safetensors` when the tensors need several files.
 
     After a failed write the remaining tensors are still asked for and evaluated, so that other ranks which take part
     in a gather are not left waiting; then the error is raised.
@@ -122,7 +134,8 @@ def read_tensor_file(path: Path) -> dict[str, mx.array]:
         ValueError: The file is torn, or of another format.
     """
     try:
-        return mx.load(str(path))
+        # An array or a tuple, which MLX's annotation allows too, is what other formats and options give.
+        return cast(dict[str, mx.array], mx.load(str(path)))
     except RuntimeError as error:
         raise ValueError(f"{path} is no whole safetensors file: {error}") from error
 
@@ -214,7 +227,7 @@ class _Shard:
 
 
 def _entries(tensors: NamedTensors, offset: int = 0) -> dict[str, dict]:
-    """Header entries of tensors that lie back to back from ``offset``."""
+    """Header entries of tensors that lie back to back from `offset`."""
     entries = {}
     for name, tensor in tensors:
         span = [offset, offset + tensor.nbytes]
@@ -237,6 +250,6 @@ def _chunks(tensor: mx.array) -> Iterator[memoryview]:
     array = np.ascontiguousarray(np.asarray(tensor))
     if array.size == 0:
         return
-    view = memoryview(array.reshape(-1)).cast("B")
+    view = array.reshape(-1).data.cast("B")
     for start in range(0, len(view), CHUNK_BYTES):
         yield view[start : start + CHUNK_BYTES]

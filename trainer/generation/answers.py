@@ -22,10 +22,10 @@ class Answer:
     """One answered row.
 
     Attributes:
-        row: index of the row in its split.
-        prompt: what the model was shown, as text.
-        expected: the row's own answer; None for a text row, which the model goes on with from its beginning.
-        given: the model's answer.
+        row: Index of the row in its split.
+        prompt: What the model was shown, as text.
+        expected: The row's own answer; None for a text row, which the model continues from its beginning.
+        given: The model's answer.
     """
 
     row: int
@@ -56,13 +56,13 @@ def answer_rows(
     """Answer rows greedily; every rank gets all answers.
 
     Args:
-        model: an mlx-lm model, plain or wrapped.
-        tokenizer: the model's.
-        rows: a split.
-        indices: rows to answer.
-        max_new_tokens: longest answer.
-        group: ranks that share the work; none of them needs another for its own rows.
-        continue_texts: go on from the beginning of a row that has no answer of its own; by default it is left out.
+        model: An mlx-lm model, plain or wrapped.
+        tokenizer: The model's tokenizer.
+        rows: The rows of a split.
+        indices: Rows to answer.
+        max_new_tokens: Longest answer.
+        group: Ranks that share the work; none of them needs another for its own rows.
+        continue_texts: Continue from the beginning of a row that has no answer of its own; by default it is left out.
     """
     asked = [
         (i, *question)

@@ -43,8 +43,8 @@ def translated(error: Exception, arguments: argparse.Namespace) -> Exception:
     """The same error, or one in its place that says what to change.
 
     Args:
-        error: anything that a verb raised.
-        arguments: of the verb; the recipe they name decides what to change next.
+        error: Anything that a verb raised.
+        arguments: The verb's arguments; the recipe they name decides what to change next.
     """
     if module := _architecture_of(error):
         return ArchitectureError(

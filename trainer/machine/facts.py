@@ -40,7 +40,7 @@ def machine_facts(num_devices: int, backend: str, mesh: dict[str, int]) -> dict[
         "mlx_lm": version("mlx-lm"),
     }
     if memory := info.get("memory_size", info.get("total_memory")):  # Metal's name and CUDA's
-        facts["memory_gib"] = round(memory / 2**30, 1)
+        facts["memory_gib"] = round(int(memory) / 2**30, 1)
     return facts
 
 
@@ -48,7 +48,7 @@ def row_threads(world: comm.Group) -> RowThreads | None:
     """Threads for the rows of a micro-batch where MLX computes on a CPU with more than one core for each rank.
 
     Args:
-        world: all ranks; every one must call this.
+        world: All ranks; every one must call this.
     """
     here = socket.gethostname()
     ranks_here = comm.all_gather_object(here, world).count(here)
@@ -62,7 +62,7 @@ def usable_cores(quota_file: str = "/sys/fs/cgroup/cpu.max") -> int:
     """Cores that this process may use: those it is bound to, and no more than its container's share of time.
 
     Args:
-        quota_file: microseconds of CPU time per period and the period, of Linux's control groups (version 2).
+        quota_file: Microseconds of CPU time per period and the period, of Linux's control groups (version 2).
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:

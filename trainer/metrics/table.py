@@ -28,7 +28,7 @@ class Figure:
 
     Attributes:
         title: Its words.
-        of: From a run's values to the one shown.
+        of: Gives the shown value from a run's values.
         better: `min` or `max` where runs are compared by it, else None.
     """
 
@@ -42,7 +42,7 @@ class Metric:
     """One number of a run.
 
     Attributes:
-        key: In rows of metrics.jsonl and in W&B.
+        key: Its name in records of metrics.jsonl and in W&B.
         section: Section of the W&B workspace; "" where it is the x axis.
         panel: Title of its panel there, with the unit; metrics of one title share a panel.
         chart: Title of its chart in a report, with the unit; "" where it has none of its own.

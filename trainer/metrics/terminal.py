@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Column
 from rich.text import Text
 
-from trainer.metrics.rows import Row, Sample
+from trainer.metrics.records import Row, Sample
 from trainer.metrics.streams import harmless, turn_off_stdout
 from trainer.metrics.table import METRICS, STEP_KEY
 

@@ -21,7 +21,7 @@ class Throughput:
     Args:
         num_devices: Ranks of the run.
         flops_per_token: Floating-point operations of one token's forward and backward. None: no TFLOP/s.
-        peak_tflops: What one device can do at most. None: no ``throughput/mfu_pct``.
+        peak_tflops: What one device can do at most. None: no `throughput/mfu_pct`.
         baseline_tokens_per_sec: Tokens per second of the same recipe on one device. None: no scaling efficiency.
         clock: Seconds; a test may give its own.
     """
@@ -70,7 +70,7 @@ class Throughput:
             self._paused += self._clock() - start
 
     def row(self) -> dict[str, float]:
-        """The window's ``throughput/*`` and ``time/step_s``, and a new window. Empty when no step was counted."""
+        """The window's `throughput/*` and `time/step_s`, and a new window. Empty when no step was counted."""
         seconds = self._clock() - self._start - self._paused
         row = self._row(seconds) if self._num_steps and seconds > 0 else {}
         self.restart()
@@ -119,10 +119,10 @@ def communication_row(
     """The `comm/*` keys of one step that was measured in phases. Every rank must call it.
 
     Args:
-        times: of that step.
-        usual_compute: seconds for loss and gradients in the undisturbed steps before it; none = no exposed share.
-        model: the wrapped model.
-        world: all ranks.
+        times: The times of that step.
+        usual_compute: Seconds for loss and gradients in the undisturbed steps before it; none = no exposed share.
+        model: The wrapped model.
+        world: All ranks.
 
     Returns:
         `comm/allreduce_s`: seconds that summing gradients takes when nothing else runs.

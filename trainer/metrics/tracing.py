@@ -36,10 +36,10 @@ class Profiler:
     """Collects the phases of the steps that a recipe wants traced. Every rank calls it alike.
 
     Args:
-        config: the recipe's `profile:`, or None for no trace.
-        output_dir: the run's folder on rank 0; None elsewhere.
-        world: all ranks.
-        notice: gets one line about what was or could not be written.
+        config: The recipe's `profile:`, or None for no trace.
+        output_dir: The run's folder on rank 0; None elsewhere.
+        world: All ranks.
+        notice: Gets one line about what was or could not be written.
     """
 
     def __init__(

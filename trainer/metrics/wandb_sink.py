@@ -1,7 +1,7 @@
 """Rows to Weights & Biases without ever waiting for it.
 
-W&B runs in a process of its own (``wandb_worker.py``) that is fed through a bounded queue and a pipe. A slow network, a
-hung or dead W&B cost the run nothing but rows that W&B does not get: ``metrics.jsonl`` has them all. The worker's own
+W&B runs in a process of its own (`wandb_worker.py`) that is fed through a bounded queue and a pipe. A slow network, a
+hung or dead W&B cost the run nothing but rows that W&B does not get: `metrics.jsonl` has them all. The worker's own
 session keeps Ctrl-C away from it, and when the trainer is killed the worker sees the pipe end and finishes the upload.
 """
 
@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from trainer.metrics.rows import Row, Sample
+from trainer.metrics.records import Row, Sample
 from trainer.metrics.table import METRIC_KEYS, METRICS, STEP_KEY
 
 MODES = ("online", "offline", "disabled")
@@ -25,7 +25,7 @@ WORKER = Path(__file__).with_name("wandb_worker.py")
 
 
 def wandb_mode(mode: str) -> str:
-    """The mode that counts: the environment's ``WANDB_MODE`` where set, else the recipe's.
+    """The mode that counts: the environment's `WANDB_MODE` where set, else the recipe's.
 
     Raises:
         ValueError: Neither online, offline nor disabled.
@@ -45,15 +45,15 @@ class WandbSink:
     """Sends rows to one W&B run, which is continued under the same id after a restart.
 
     Args:
-        output_dir: The run's folder; W&B keeps its files and the run's id in ``wandb/`` there.
+        output_dir: The run's folder; W&B keeps its files and the run's id in `wandb/` there.
         project: W&B project.
         name: Shown name of the run; None lets W&B choose.
-        mode: "online" or "offline" (``wandb_mode`` applied; "disabled" means no sink at all). Online without login or
+        mode: "online" or "offline" (`wandb_mode` applied; "disabled" means no sink at all). Online without login or
             network becomes offline, with a notice that names the command for a later upload.
         config: The resolved recipe, JSON-able.
         resumed: Continue the run whose id is stored; otherwise begin a new one.
         notice: Shows a line to a person; called from another thread.
-        close_seconds: How long ``close`` waits for the upload to end before the worker is killed.
+        close_seconds: How long `close` waits for the upload to end before the worker is killed.
         worker: The command of the worker; a test may give its own.
     """
 
@@ -100,7 +100,7 @@ class WandbSink:
         """Progress is not a row; W&B gets none."""
 
     def close(self, summary: dict[str, object]) -> None:
-        """Hand over the summary and wait, at most ``close_seconds``, for the upload to end."""
+        """Hand over the summary and wait, at most `close_seconds`, for the upload to end."""
         # W&B keeps the last and best value of every row key by itself; a plain value would replace both.
         self._send({"end": {key: value for key, value in summary.items() if key not in METRIC_KEYS}})
         self._put(None)
@@ -130,7 +130,7 @@ class WandbSink:
             self._num_dropped += 1
 
     def _feed(self) -> None:
-        """Thread: queue to pipe. A worker that is gone swallows the rest; ``close`` tells."""
+        """Thread: queue to pipe. A worker that is gone swallows the rest; `close` tells."""
         assert self._worker.stdin is not None, "the worker was started with a pipe"
         try:
             with self._worker.stdin as pipe:

@@ -11,7 +11,7 @@ import secrets
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 INIT_SECONDS = 10.0
 
@@ -46,7 +46,7 @@ def _start(begin: dict[str, Any]) -> Any:
         return None
     folder = Path(begin["output_dir"]) / "wandb"
     run_id = _run_id(folder, begin["resumed"])
-    modes = [begin["mode"]] if begin["mode"] == "offline" else ["online", "offline"]
+    modes: list[Literal["online", "offline"]] = ["offline"] if begin["mode"] == "offline" else ["online", "offline"]
     for mode in modes:
         try:
             run = wandb.init(
@@ -93,7 +93,7 @@ def _define_metrics(run: Any, step_key: str, summaries: dict[str, str]) -> None:
 def _log_samples(run: Any, step_key: str, samples: dict[str, Any]) -> None:
     import wandb
 
-    columns = ["prompt", "expected", "generated"]
+    columns: list[str | int] = ["prompt", "expected", "generated"]
     table = wandb.Table(columns=columns, data=[[row[column] for column in columns] for row in samples["rows"]])
     run.log({step_key: samples["step"], "eval/samples": table})
 

@@ -33,13 +33,13 @@ def setting(
         default: The value when the key is not written. A dataclass stands for that section with
             its own defaults; a list is copied for each recipe.
         help: One sentence: what turning the knob does.
-        minimum, above, maximum, below: The allowed range of a number; ``above`` and ``below``
+        minimum, above, maximum, below: The allowed range of a number; `above` and `below`
             exclude the bound itself.
         words: Words with a special meaning in a field that also takes any other text.
         also: What other trainers call it: such a key is refused and pointed to this one.
     """
     bounds = {"minimum": minimum, "above": above, "maximum": maximum, "below": below}
-    metadata = {"help": help, "words": words, "also": also}
+    metadata: dict[str, object] = {"help": help, "words": words, "also": also}
     metadata |= {name: bound for name, bound in bounds.items() if bound is not None}
     if isinstance(default, type):
         return dataclasses.field(default_factory=default, metadata=metadata)
@@ -186,7 +186,7 @@ class OptimizerConfig:
     weight_decay: float = setting(0.01, "Pull towards zero, on tensors of two or more dimensions only.", minimum=0)
     betas: list[float] = setting([0.9, 0.999], "Averaging of the first and second moment.", minimum=0, below=1)
     eps: float = setting(1e-8, "Added to the denominator of Adam.", above=0)
-    bias_correction: bool = setting(True, "Adam and AdamW as published; false = as mlx-lm trains by default.")
+    bias_correction: bool = setting(True, "Correct the moments' start at 0, as published; false = mlx-lm's default.")
     master_weights: bool = setting(
         True, "Keep float32 copies of 16-bit trainable weights: small updates are not lost."
     )

@@ -59,7 +59,7 @@ def walk(section: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Fie
     for field in dataclasses.fields(section):
         yield prefix + field.name, field
         for kind in (kinds[field.name], *get_args(kinds[field.name])):
-            if dataclasses.is_dataclass(kind):
+            if isinstance(kind, type) and dataclasses.is_dataclass(kind):
                 yield from walk(kind, f"{prefix}{field.name}.")
 
 
@@ -110,7 +110,7 @@ def _read(
 ) -> Any:
     """The value as `kind`, or _REFUSED after adding to `problems`."""
     origin, arguments = get_origin(kind), get_args(kind)
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return fill(kind, value, problems, path, root)
     if origin in (Union, types.UnionType):
         return _read_union(arguments, value, path, metadata, problems, root)

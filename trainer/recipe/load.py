@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from trainer.nearest import nearest
 from trainer.recipe.config import Recipe
@@ -26,10 +26,10 @@ def load_recipe(source: str | Path | dict[str, Any] | Recipe, overrides: Sequenc
 
     Args:
         source: The YAML file, its settings as a dictionary, or a `Recipe`.
-        overrides: Settings such as ``optimizer.lr=2e-4``, applied in order; the values are YAML.
+        overrides: Settings such as `optimizer.lr=2e-4`, applied in order; the values are YAML.
 
     Returns:
-        The recipe with every default filled in and ``{recipe}`` in its output folder replaced. Relative paths are
+        The recipe with every default filled in and `{recipe}` in its output folder replaced. Relative paths are
         looked for in the working folder, then beside the file.
 
     Raises:
@@ -49,7 +49,8 @@ def load_recipe(source: str | Path | dict[str, Any] | Recipe, overrides: Sequenc
             raise RecipeError([Problem("", None, "a recipe is a map of keys to values")], str(path))
         for override in overrides:
             _apply(tree, override, problems)
-        values = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
+        # A dictionary, as the tree is one; OmegaConf annotates what any tree gives.
+        values = cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True, throw_on_missing=True))
     except (OmegaConfBaseException, YAMLError) as error:
         raise RecipeError([*problems, Problem("", None, _one_line(error))], str(path)) from error
     return found_beside(recipe_from(values, path, problems), path.parent)
@@ -62,7 +63,7 @@ def recipe_from(
 
     Args:
         values: Settings in the shape of the YAML file.
-        source: The file they come from: named in errors, and its stem replaces ``{recipe}``.
+        source: The file they come from: named in errors, and its stem replaces `{recipe}`.
         problems: Problems found before, reported with the others.
 
     Raises:

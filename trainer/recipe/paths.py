@@ -24,11 +24,11 @@ def require_paths(recipe: Recipe, sections: Iterable[str] = READ_BY_ALL) -> None
     """Refuse a recipe that names files or folders which are not there.
 
     Args:
-        recipe: a checked recipe.
-        sections: the first words of the keys to look at.
+        recipe: A checked recipe.
+        sections: The first words of the keys to look at.
 
     Raises:
-        RecipeError: lists every missing path.
+        RecipeError: Paths are missing; the text lists every one.
     """
     wanted = tuple(sections)
     if missing := [problem for problem in missing_paths(recipe) if problem.path.startswith(wanted)]:
@@ -43,7 +43,7 @@ def missing_paths(recipe: Recipe) -> list[Problem]:
             path,
             "there is no such file or folder",
             "a path that exists, or OWNER/NAME on Hugging Face",
-            nearest=_nearest_beside(path),
+            nearest=nearest_path(path),
         )
         for key, path in named_paths(recipe)
         if is_local(path) and not os.path.exists(os.path.expanduser(path))
@@ -56,6 +56,16 @@ def is_local(path: str) -> bool:
         return True
     looks_local = path.startswith((".", "/", "~")) or path.endswith(_FILE_ENDINGS)
     return looks_local or path.count("/") > 1
+
+
+def nearest_path(missing: str) -> str:
+    """The existing path most like a missing one, by the first of its parts that is not there; empty when none is alike."""
+    path = Path(missing)
+    folder = path.parent
+    while not folder.expanduser().is_dir():
+        folder = folder.parent
+    close = nearest(path.relative_to(folder).parts[0], (item.name for item in folder.expanduser().iterdir()))
+    return str(folder / close) if close else ""
 
 
 def named_paths(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -113,7 +123,7 @@ def require_writable(output_dir: str) -> None:
     """Refuse an output folder that cannot be made or written; makes nothing.
 
     Raises:
-        RecipeError: says what stands in the way.
+        RecipeError: It cannot be made or written; the text says what stands in the way.
     """
     folder = Path(output_dir)
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -124,9 +134,3 @@ def require_writable(output_dir: str) -> None:
     else:
         return
     raise RecipeError([Problem("output_dir", output_dir, wrong, "a folder that can be made and written")])
-
-
-def _nearest_beside(path: str) -> str:
-    """The existing path that is most like a missing one, in the same folder."""
-    folder = Path(path).expanduser().parent
-    return nearest(path, (str(Path(path).parent / item.name) for item in folder.iterdir())) if folder.is_dir() else ""

@@ -15,7 +15,7 @@ class Problem:
     """One thing to mend in a recipe.
 
     Args:
-        path: Dotted key path, such as ``optimizer.lr``; empty for the recipe as a whole.
+        path: Dotted key path, such as `optimizer.lr`; empty for the recipe as a whole.
         value: What was written there; None is shown as null.
         wrong: What is wrong with it.
         allowed: What may be written instead.

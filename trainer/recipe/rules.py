@@ -97,7 +97,7 @@ def _check_paths(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _check_model(recipe: Recipe) -> Iterator[Problem]:
-    model = recipe.model
+    model, tokenizer = recipe.model, recipe.model.tokenizer or ""
     if (model.path is None) == (model.config is None):
         wrong = "no model is given" if model.path is None else "two models are given"
         yield Problem(
@@ -115,7 +115,7 @@ def _check_model(recipe: Recipe) -> Iterator[Problem]:
             "a tokenizer's folder or repository, or bpe:SIZE",
             about=("model", "model.config"),
         )
-    if model.path is not None and (model.tokenizer or "").startswith("bpe:"):
+    if model.path is not None and tokenizer.startswith("bpe:"):
         yield Problem(
             "model.tokenizer",
             model.tokenizer,
@@ -123,7 +123,7 @@ def _check_model(recipe: Recipe) -> Iterator[Problem]:
             "null",
             about=("model", "model.path"),
         )
-    elif (model.tokenizer or "").startswith("bpe:") and not _is_vocabulary_size(model.tokenizer[4:]):
+    elif tokenizer.startswith("bpe:") and not _is_vocabulary_size(tokenizer[4:]):
         allowed = f"bpe:SIZE, such as bpe:1024, up to {LARGEST_VOCABULARY}"
         yield Problem("model.tokenizer", model.tokenizer, "no vocabulary size", allowed)
     if model.quantize is not None and recipe.method == "full":

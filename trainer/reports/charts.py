@@ -1,7 +1,7 @@
 """Charts as SVG text, without any package: lines over steps, and stacked bars.
 
-Colours of axes and words come from the page's style sheet (classes ``grid``, ``tick``, ``axis-title``). Each line chart
-carries its points as JSON in ``data-chart``, from which the page's script shows values under the pointer.
+Colours of axes and words come from the page's style sheet (classes `grid`, `tick`, `axis-title`). Each line chart
+carries its points as JSON in `data-chart`, from which the page's script shows values under the pointer.
 """
 
 import json
@@ -23,7 +23,7 @@ class Series:
     """One line of a chart.
 
     Args:
-        name: For the legend.
+        name: Its name in the legend.
         color: CSS colour.
         points: (x, y) in order of x; y None breaks the line.
         dashed: Drawn dashed.
@@ -41,7 +41,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Frame:
-    """From values to pixels. ``log`` makes the y axis logarithmic (all y positive)."""
+    """From values to pixels. `log` makes the y axis logarithmic (all y positive)."""
 
     x_min: float
     x_max: float
@@ -71,7 +71,7 @@ def line_chart(
         log: Logarithmic y axis where all values are positive.
 
     Returns:
-        One ``<svg>`` element.
+        One `<svg>` element.
     """
     series = [Series(**{**vars(one), "points": thin(one.points)}) for one in series]
     frame = _frame(series, from_zero, log, steps)
@@ -128,7 +128,7 @@ def histogram(bins: Sequence[tuple[int, int, int]], title: str) -> str:
 
 
 def smooth(points: Sequence[Point], radius: int) -> list[Point]:
-    """Mean over ``radius`` points to each side, so that the curve does not lag; breaks stay breaks."""
+    """Mean over `radius` points to each side, so that the curve does not lag; breaks stay breaks."""
     result: list[Point] = []
     for index, (x, y) in enumerate(points):
         near = [value for _, value in points[max(0, index - radius) : index + radius + 1] if value is not None]
@@ -137,14 +137,14 @@ def smooth(points: Sequence[Point], radius: int) -> list[Point]:
 
 
 def thin(points: Sequence[Point], max_points: int = MAX_POINTS) -> list[Point]:
-    """At most about ``max_points`` points; each stretch keeps its lowest and its highest, so spikes stay visible."""
+    """At most about `max_points` points; each stretch keeps its lowest and its highest, so spikes stay visible."""
     if len(points) <= max_points:
         return list(points)
     size = math.ceil(2 * len(points) / max_points)
     kept: list[Point] = []
     for start in range(0, len(points), size):
         stretch = points[start : start + size]
-        known = [point for point in stretch if point[1] is not None]
+        known = [(x, y) for x, y in stretch if y is not None]
         if not known:
             kept.append(stretch[0])
             continue

@@ -112,7 +112,7 @@ def chart_card(title: str, legend: Sequence[tuple[str, str, str]], svg: str) -> 
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of HTML cells; a cell may begin with ``<td`` to bring its own tag."""
+    """A table of HTML cells; a cell may begin with `<td` to bring its own tag."""
     cells = [[cell if cell.startswith("<td") else f"<td>{cell}</td>" for cell in row] for row in rows]
     body = "".join(f"<tr>{''.join(row)}</tr>" for row in cells)
     header = "".join(f"<th>{escape(word)}</th>" for word in head)

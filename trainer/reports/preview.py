@@ -30,8 +30,8 @@ class Piece:
     """One token, or a few that only together are whole characters.
 
     Attributes:
-        text: what it decodes to.
-        is_target: whether it is learned.
+        text: What it decodes to.
+        is_target: Whether it is learned.
     """
 
     text: str
@@ -43,9 +43,9 @@ class Document:
     """One row.
 
     Attributes:
-        row: its number among the rows, from 0.
-        num_tokens, num_targets: how many tokens it has, and how many of them are learned.
-        pieces: its text, piece by piece.
+        row: Its number among the rows, from 0.
+        num_tokens, num_targets: How many tokens it has, and how many of them are learned.
+        pieces: Its text, piece by piece.
     """
 
     row: int
@@ -68,13 +68,13 @@ class Preview:
     """What is shown of one split.
 
     Attributes:
-        title: recipe and split.
-        notices: what was cut, skipped, or decided about packing.
+        title: Recipe and split.
+        notices: What was cut, skipped, or decided about packing.
         facts: (name, value) in the order shown.
         histogram: (shortest, longest, rows) of each bin of lengths.
-        lines: the first lines of the first batch.
-        longest, fewest: the rows with most tokens, and with the fewest targets.
-        skipped: places of rows that are empty or unreadable, with the reason; the first ten.
+        lines: The first lines of the first batch.
+        longest, fewest: The rows with most tokens, and with the fewest targets.
+        skipped: Places of rows that are empty or unreadable, with the reason; the first ten.
     """
 
     title: str
@@ -91,14 +91,14 @@ def preview(recipe: Recipe, title: str, split: str, num_rows: int, world: int) -
     """Read, tokenise and plan a recipe's rows.
 
     Args:
-        recipe: a checked recipe.
-        title: names the recipe.
+        recipe: A checked recipe.
+        title: Names the recipe.
         split: "train" or "valid".
-        num_rows: rows to show of the first batch.
-        world: ranks that the recipe is for; batches and steps depend on it.
+        num_rows: Rows to show of the first batch.
+        world: Ranks that the recipe is for; batches and steps depend on it.
 
     Raises:
-        ValueError: the rows, the tokenizer or the config cannot be used, or there are no validation rows.
+        ValueError: The rows, the tokenizer or the config cannot be used, or there are no validation rows.
     """
     notices: list[str] = []
     opened = open_recipe(recipe, resolve_mesh(recipe.parallel, world), notices.append, open_shapes)
@@ -160,7 +160,8 @@ def _facts(opened: Opened, rows: TokenizedRows, plan: Sequence[PlannedBatch], si
 def _skipped(opened: Opened) -> list[str]:
     """The rows that were passed over, found by reading them again without the leave to do so."""
     try:
-        load_splits(replace(opened.recipe.data, on_bad_row="stop"), opened.tokenizer, opened.recipe.seed, notice=str)
+        data = replace(opened.recipe.data, on_bad_row="stop")
+        load_splits(data, opened.tokenizer, opened.recipe.seed, notice=lambda line: None)
     except BadRows as error:
         return error.lines
     return []

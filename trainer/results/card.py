@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from trainer.metrics.rows import read_rows
+from trainer.metrics.records import read_rows
 from trainer.metrics.table import METRICS
 from trainer.recipe.config import Recipe
 from trainer.recipe.load import to_yaml
@@ -26,12 +26,12 @@ def model_card(recipe: Recipe, library: str, metrics: Path, *, model_class: str,
     """The text of `README.md`, with the front matter that the Hugging Face hub reads.
 
     Args:
-        recipe: of the run.
+        recipe: The run's recipe.
         library: "peft" | "mlx-lm".
-        metrics: the run's metrics.jsonl; may be missing.
-        model_class: transformers class that holds the model.
-        base: the base model's repository or folder.
-        notes: sentences on what differs from base + adapter.
+        metrics: The run's metrics.jsonl; may be missing.
+        model_class: Transformers class that holds the model.
+        base: The base model's repository or folder.
+        notes: Sentences on what differs from base + adapter.
     """
     lines = ["---", f"library_name: {library}", "pipeline_tag: text-generation"]
     if not Path(base).exists():  # the hub refuses anything but repositories here

@@ -9,8 +9,6 @@ away when a run trains on.
 
 from pathlib import Path
 
-from mlx.utils import tree_flatten
-
 import comm
 from parallel import gather_tensors, model_layout
 from trainer.agreement import Notice, together
@@ -18,6 +16,7 @@ from trainer.build import Run
 from trainer.checkpoint.folder import RESULT_FILE, Checkpoint, CheckpointError, CheckpointFolder
 from trainer.checkpoint.state import load_weights
 from trainer.files.storage import atomic_file, explain, read_json, write_json
+from trainer.files.tensor_files import named_tensors
 from trainer.model.loading import source_folder
 from trainer.results.mlx_lm_format import (
     ADAPTERS_FILE,
@@ -56,7 +55,7 @@ def finish(run: Run, folder: CheckpointFolder, progress: Progress, notice: Notic
     """Write the result; returns the step of its weights. Every rank calls it.
 
     Raises:
-        OSError: it cannot be written. The checkpoints are untouched; the same command writes it later.
+        OSError: It cannot be written. The checkpoints are untouched; the same command writes it later.
     """
     world = run.world
     step = progress.step
@@ -97,7 +96,7 @@ def write_result(run: Run, output_dir: Path | None) -> None:
     """Write the final adapters, or the final model folder. Every rank calls it; None on ranks without a disk."""
     layout = model_layout(run.model)
     if run.adapter is not None:
-        tensors = tree_flatten(run.model.trainable_parameters())
+        tensors = named_tensors(run.model.trainable_parameters())
         spec = run.adapter
         config = adapter_config(
             [f"{path}.lora_a" for path in spec.paths],
@@ -108,6 +107,6 @@ def write_result(run: Run, output_dir: Path | None) -> None:
         )
         write_adapters(output_dir, gather_tensors(layout, tensors, run.mesh.pp), config)
     else:
-        tensors = gather_tensors(layout, tree_flatten(run.model.parameters()), run.mesh.pp)
+        whole = gather_tensors(layout, named_tensors(run.model.parameters()), run.mesh.pp)
         folder = output_dir and output_dir / "model"
-        write_model(folder, tensors, run.opened.base.config, run.opened.tokenizer, source=source_folder(run.recipe.model))
+        write_model(folder, whole, run.opened.base.config, run.opened.tokenizer, source=source_folder(run.recipe.model))

@@ -4,7 +4,7 @@
     model/                                         mlx_lm.load("OUTPUT_DIR/model")
 
 Everything is written beside its final name and renamed, so a crash leaves the old output or the new one. On ranks
-other than 0 ``output_dir`` is None: the tensors are evaluated in the same order, and nothing is written.
+other than 0 `output_dir` is None: the tensors are evaluated in the same order, and nothing is written.
 """
 
 import shutil
@@ -39,16 +39,16 @@ class Tokenizer(Protocol):
 def adapter_config(
     names: Iterable[str], *, fine_tune_type: str, rank: int, scale: float, dropout: float
 ) -> dict[str, object]:
-    """The ``adapter_config.json`` from which mlx-lm rebuilds exactly the adapted modules.
+    """The `adapter_config.json` from which mlx-lm rebuilds exactly the adapted modules.
 
-    mlx-lm looks its ``keys`` up twice: by a module's name inside a layer, in the last ``num_layers`` layers, and by
+    mlx-lm looks its `keys` up twice: by a module's name inside a layer, in the last `num_layers` layers, and by
     its full name, anywhere. Full names are given, so adapters on some layers, or on different modules in different
     layers (hybrid attention), come back as they were.
 
     Args:
-        names: Names of the adapter tensors, as ``model.layers.3.self_attn.q_proj.lora_a``.
+        names: Names of the adapter tensors, as `model.layers.3.self_attn.q_proj.lora_a`.
         fine_tune_type: "lora" or "dora".
-        rank: Columns of ``lora_a``.
+        rank: Columns of `lora_a`.
         scale: Factor of the low-rank product (alpha / rank).
         dropout: Probability of the adapters' input dropout.
 
@@ -71,12 +71,12 @@ def adapter_config(
 
 
 def write_adapters(output_dir: Path | None, tensors: NamedTensors, config: dict[str, object]) -> None:
-    """Write ``adapters.safetensors`` (one file, as mlx-lm reads it) and ``adapter_config.json`` into ``output_dir``.
+    """Write `adapters.safetensors` (one file, as mlx-lm reads it) and `adapter_config.json` into `output_dir`.
 
     Args:
         output_dir: The run's folder; None on ranks without a disk.
         tensors: Full (unsharded) adapter tensors under mlx-lm's names.
-        config: From ``adapter_config``; further JSON-able keys are kept.
+        config: What `adapter_config` gave; further JSON-able keys are kept.
 
     Raises:
         OSError: The folder cannot be written; the former adapters are untouched.
@@ -100,14 +100,14 @@ def write_model(
     source: Path | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write a model folder that ``mlx_lm.load`` opens: config, tokenizer, safetensors in shards with their index.
+    """Write a model folder that `mlx_lm.load` opens: config, tokenizer, safetensors in shards with their index.
 
     Args:
         folder: The model folder, replaced as a whole; None on ranks without a disk.
         tensors: Full (unsharded) parameters under mlx-lm's names, asked for one at a time.
-        config: The model's config as ``mlx_lm`` loaded it; a ``quantization`` entry is kept.
+        config: The model's config as `mlx_lm` loaded it; a `quantization` entry is kept.
         tokenizer: Saved beside the weights.
-        source: Folder of the base model. Its ``generation_config.json`` and Python files (custom architectures) are
+        source: Folder of the base model. Its `generation_config.json` and Python files (custom architectures) are
             copied; None copies nothing.
         max_shard_bytes: Upper limit of one file. Default 5 GB.
 

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
 import comm
 from parallel import model_layout, slice_tensors
@@ -19,7 +19,7 @@ from trainer.checkpoint.folder import (
     open_checkpoint,
 )
 from trainer.files.storage import read_json
-from trainer.files.tensor_files import read_tensor_file
+from trainer.files.tensor_files import named_tensors, read_tensor_file
 from trainer.model.adapters import misfits
 from trainer.recipe.config import Recipe
 from trainer.recipe.load import load_recipe, recipe_from
@@ -30,7 +30,7 @@ def shared_recipe(world: comm.Group, target: str, overrides: list[str]) -> Recip
     """Rank 0's `recipe_of(target, overrides)` on every rank, as the run's folder need not be elsewhere.
 
     Raises:
-        ValueError: there is none, on all ranks.
+        ValueError: There is no recipe, on all ranks.
     """
     found = together(world, lambda: recipe_of(target, overrides) if world.rank == 0 else None)
     return recipe_from(comm.broadcast_object(found and asdict(found), world))
@@ -45,7 +45,7 @@ def recipe_of(target: str, overrides: list[str]) -> Recipe:
     """The resolved recipe that belongs to a run's folder or checkpoint.
 
     Raises:
-        ValueError: there is none.
+        ValueError: There is no recipe.
     """
     path = _path(target)
     if not path.is_dir():
@@ -78,16 +78,16 @@ def load_result(run: HasModel, target: str, notice: Notice) -> None:
     """Load a run's tensors into a model built from its recipe; rank 0 reads, the others receive.
 
     Args:
-        run: built from `recipe_of(target)`, such as `trainer.build.Run`.
-        target: the output folder (its final result, else its newest checkpoint) or a checkpoint.
-        notice: gets one line for each checkpoint that is passed over.
+        run: The run, built from `recipe_of(target)`, such as `trainer.build.Run`.
+        target: The output folder (its final result, else its newest checkpoint) or a checkpoint.
+        notice: Gets one line for each checkpoint that is passed over.
 
     Raises:
-        ValueError: there is nothing to load, or tensors are missing, unexpected or of another shape.
+        ValueError: There is nothing to load, or tensors are missing, unexpected or of another shape.
     """
     world = run.world
     tensors = together(world, lambda: _read(_path(target), notice) if world.rank == 0 else None)
-    known = dict(tree_flatten(run.model.parameters()))
+    known = dict(named_tensors(run.model.parameters()))
     _require_fit(run, target, {name: list(value.shape) for name, value in (tensors or {}).items()})
     loaded = list(slice_tensors(model_layout(run.model), broadcast_tensors(world, tensors), known))
     if broken := [name for name, value in loaded if not mx.isfinite(value).all().item()]:
@@ -97,10 +97,10 @@ def load_result(run: HasModel, target: str, notice: Notice) -> None:
 
 def _require_fit(run: HasModel, target: str, shapes: dict[str, list[int]]) -> None:
     """Refuse tensors, by rank 0's names and shapes, that are not all of what was trained."""
-    layout, trained = model_layout(run.model), dict(tree_flatten(run.model.trainable_parameters()))
+    layout, trained = model_layout(run.model), dict(named_tensors(run.model.trainable_parameters()))
     own = {
         name: (list(layout[name].full_shape(value.shape) if name in layout else value.shape), name in trained)
-        for name, value in tree_flatten(run.model.parameters())
+        for name, value in named_tensors(run.model.parameters())
     }
     # A pipeline's stage has only its own layers' tensors, so a name is known where any rank has it.
     everyone = {n: s for ranks in comm.all_gather_object(own, run.world) for n, s in ranks.items()}

@@ -20,8 +20,9 @@ def module_name(path: str, *, multimodal: bool) -> str:
     """Name in transformers of a module that mlx-lm calls `path`.
 
     Args:
-        path: as `model.layers.0.mlp.up_proj` or, beside a vision tower, `language_model.model.layers.0.mlp.up_proj`.
-        multimodal: in the class with the vision tower, where the language model is one part.
+        path: The module's path, as `model.layers.0.mlp.up_proj` or, beside a vision tower,
+            `language_model.model.layers.0.mlp.up_proj`.
+        multimodal: Whether it is named as in the class with the vision tower, where the language model is one part.
     """
     head, found, rest = path.partition("language_model.")
     if not found or rest == "lm_head":
@@ -36,13 +37,13 @@ def adapter_tensors(
     """The adapters of `model` as PEFT names and lays them out, in PEFT's order (lazy).
 
     Args:
-        model: an mlx-lm model with the adapters of `spec`.
-        spec: modules and method.
-        config: the base model's `config.json`.
-        multimodal: see `module_name`.
+        model: An mlx-lm model with the adapters of `spec`.
+        spec: Modules and method of the adapters.
+        config: The base model's `config.json`.
+        multimodal: See `module_name`.
 
     Raises:
-        ValueError: an adapter has no counterpart in PEFT; `--to fused` works for every adapter.
+        ValueError: An adapter has no counterpart in PEFT; `--to fused` works for every adapter.
     """
     modules = dict(model.named_modules())
     tensors = {}
@@ -65,10 +66,10 @@ def adapter_config(
     """PEFT's `adapter_config.json`.
 
     Args:
-        model: an mlx-lm model with the adapters of `spec`.
-        spec: modules, rank, scale and method.
+        model: An mlx-lm model with the adapters of `spec`.
+        spec: Modules, rank, scale and method of the adapters.
         base_model: Hugging Face repository or folder of the unquantized base model.
-        multimodal: see `module_name`.
+        multimodal: See `module_name`.
     """
     alpha = spec.scale * spec.rank
     return {

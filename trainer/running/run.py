@@ -19,7 +19,7 @@ from trainer.checkpoint.lock import sole_run
 from trainer.checkpoint.state import differences, find_checkpoint, keep_global_batch, restore, save_checkpoint
 from trainer.machine.blas import blas_hint
 from trainer.machine.limits import apply_limits, clear_large_cache
-from trainer.metrics.rows import Metrics, read_rows
+from trainer.metrics.records import Metrics, read_rows
 from trainer.metrics.table import STEP_KEY
 from trainer.metrics.throughput import memory_of_ranks
 from trainer.metrics.tracing import Profiler
@@ -62,7 +62,7 @@ class RunResult:
         output_dir: The run's folder.
         path: The adapters' file, or the folder of the whole model.
         step: Updates that are done.
-        signal: Number of the signal that stopped it, 0 where it ended by itself; the same call goes on from there.
+        signal: Number of the signal that stopped it, 0 where it ended by itself; the same call resumes it.
         is_given_up: The loss stayed above `limits.loss_watchdog`.
         metrics: The last value of every metric, the best ones (`best/eval_loss`, ...), and peaks of memory.
     """
@@ -89,7 +89,7 @@ def train(
     on_checkpoint: Callable[[int, Path | None], None] = Callbacks.on_checkpoint,
     objective: Objective | None = None,
 ) -> RunResult:
-    """Run a recipe, or go on with it where an earlier run stopped: what `python -m trainer run` does.
+    """Run a recipe, or resume it where an earlier run stopped: what `python -m trainer run` does.
 
     Under a launcher every rank calls it alike. Ctrl-C and SIGTERM finish the step, save, and return.
 
@@ -133,15 +133,15 @@ def run_recipe(
     """Build, resume, train, write the result.
 
     Args:
-        recipe: a checked recipe.
-        world: all ranks.
-        stop: remembers signals.
-        notices: lines to show when the run is introduced.
-        callbacks: what hears of it.
+        recipe: A checked recipe.
+        world: All ranks.
+        stop: Remembers signals.
+        notices: Lines to show when the run is introduced.
+        callbacks: What hears of the run.
         objective: What is minimised. Default: the recipe's.
     """
     output_dir = Path(recipe.output_dir) if world.rank == 0 else None
-    together(world, lambda: output_dir and require_writable(recipe.output_dir))
+    together(world, lambda: require_writable(recipe.output_dir) if output_dir else None)
     with sole_run(world, output_dir):
         return _run(recipe, world, output_dir, stop, notices, callbacks, objective)
 
@@ -262,7 +262,7 @@ def _end(
     if peaks:
         metrics.message(f"Peak memory of the ranks: {', '.join(f'{peak:.3g}' for peak in peaks.values())} GiB")
     best = {"best/step": progress.best_step} if run.recipe.eval.patience else {}
-    return replace(left, metrics=metrics.close(peaks | best))
+    return replace(left, metrics=metrics.close({**peaks, **best}))
 
 
 def _already_finished(

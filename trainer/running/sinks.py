@@ -8,7 +8,7 @@ from trainer.bench.baseline import BaselineSink, baseline_facts
 from trainer.build import Run
 from trainer.files.storage import atomic_file, write_json
 from trainer.machine.facts import MACHINE_FILE, machine_facts
-from trainer.metrics.rows import JsonlSink, Metrics
+from trainer.metrics.records import JsonlSink, Metrics, Sink
 from trainer.metrics.terminal import TerminalSink
 from trainer.metrics.wandb_sink import WandbSink, wandb_mode
 from trainer.recipe.config import Recipe
@@ -31,7 +31,8 @@ def open_metrics(run: Run, output_dir: Path | None, step: int, stop: Stop) -> Me
     rows = JsonlSink(output_dir / "metrics.jsonl", step or None, notice=terminal.message)
     wandb = _open_wandb(recipe, output_dir, step, terminal.message)
     baseline = BaselineSink(output_dir, baseline_facts(run)) if world.size == 1 else None
-    return Metrics([rows, terminal, *filter(None, (wandb, baseline))], rows.kept, run.opened.objective.metrics)
+    sinks: tuple[Sink | None, ...] = (rows, terminal, wandb, baseline)
+    return Metrics([sink for sink in sinks if sink is not None], rows.kept, run.opened.objective.metrics)
 
 
 def _open_wandb(recipe: Recipe, output_dir: Path, step: int, notice: Callable[[str], None]) -> WandbSink | None:

@@ -4,11 +4,11 @@ import math
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from parallel import model_layout, parallel_state
 from trainer.build import Run
-from trainer.metrics.rows import Metrics
+from trainer.files.tensor_files import named_tensors
+from trainer.metrics.records import Metrics
 from trainer.training.progress import WATCHDOG_ROWS, Progress
 
 
@@ -62,6 +62,6 @@ def num_elements(run: Run, tree: Any) -> int:
         if "scales" in module
         for name in ("weight", "scales", "biases")
     }
-    shapes = {n: layout[n].full_shape(p.shape) if n in layout else p.shape for n, p in tree_flatten(tree)}
+    shapes = {n: layout[n].full_shape(p.shape) if n in layout else p.shape for n, p in named_tensors(tree)}
     own = sum(round(math.prod(shape) * per_word.get(n, 1)) for n, shape in shapes.items() if n not in repeated)
     return int(run.mesh.pp.all_sum(mx.array(own, dtype=mx.int64)).item())

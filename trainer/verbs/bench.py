@@ -62,7 +62,7 @@ def _record(output_dir: Path, measured: Measurement) -> None:
 
 
 def _best(side: str, arguments: argparse.Namespace) -> Measurement:
-    """The fastest of ``--rounds`` processes of one side."""
+    """The fastest of `--rounds` processes of one side."""
     words = [sys.executable, "-m", "trainer", "bench", arguments.recipe, *arguments.overrides, "--side", side]
     words += ["--steps", str(arguments.steps), "--warmup", str(arguments.warmup)]
     words += ["--synthetic"] * arguments.synthetic
@@ -92,7 +92,7 @@ def _measure(side: str, recipe: Recipe, arguments: argparse.Namespace) -> Measur
 
 
 def _with_synthetic_rows(recipe: Recipe, folder: Path, num_steps: int) -> Recipe:
-    """The recipe with rows of random words, each at least ``data.max_seq_len`` tokens, enough for all steps on 8
+    """The recipe with rows of random words, each at least `data.max_seq_len` tokens, enough for all steps on 8
     ranks.
     """
     import random

@@ -1,6 +1,6 @@
 """`python -m trainer dashboard`: a W&B workspace whose panels show what these runs log.
 
-Built with W&B's own wandb-workspaces (extra ``report``). ``--dry-run`` writes the workspace's definition, as it would be
+Built with W&B's own wandb-workspaces (extra `report`). `--dry-run` writes the workspace's definition, as it would be
 sent, to a file and needs no network.
 """
 
@@ -29,10 +29,10 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def build_workspace(entity: str, project: str) -> Any:
-    """A wandb-workspaces ``Workspace`` with one section per group of metrics.
+    """A wandb-workspaces `Workspace` with one section per group of metrics.
 
     Raises:
-        ImportError: wandb-workspaces is not installed; the text names the extra.
+        ImportError: Wandb-workspaces is not installed; the text names the extra.
     """
     try:
         import wandb_workspaces.reports.v2 as panels

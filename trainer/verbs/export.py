@@ -9,17 +9,18 @@ import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import dequantize_model, load_model
 
 import comm
 from trainer.data import corpus
 from trainer.files.storage import atomic_folder, explain, write_json
-from trainer.files.tensor_files import write_tensor_file
+from trainer.files.tensor_files import named_tensors, write_tensor_file
 from trainer.machine.blas import load_fast_blas
 from trainer.model.architectures import architecture
 from trainer.model.loading import (
@@ -49,11 +50,11 @@ class OpenedRun:
     """A run's model with its trained values, lazily read; no training data is needed.
 
     Attributes:
-        recipe: of the run.
-        world: this process alone.
-        tokenizer: of the base model.
-        base: model with the adapters in place, and its config.
-        adapter: modules and shape of the adapters, or None after full fine-tuning.
+        recipe: The run's recipe.
+        world: This process alone.
+        tokenizer: The base model's tokenizer.
+        base: Model with the adapters in place, and its config.
+        adapter: Modules and shape of the adapters, or None after full fine-tuning.
     """
 
     recipe: Recipe
@@ -100,11 +101,11 @@ def open_run(target: str, recipe: Recipe) -> OpenedRun:
     """Open a run's result or checkpoint.
 
     Args:
-        target: output folder or checkpoint.
-        recipe: from `recipe_of(target)`.
+        target: Output folder or checkpoint.
+        recipe: What `recipe_of(target)` gave.
 
     Raises:
-        ValueError: there is nothing to open, or what was trained is not whole or not finite.
+        ValueError: There is nothing to open, or what was trained is not whole or not finite.
     """
     tokenizer = open_tokenizer(recipe.model, partial(corpus, recipe.data, recipe.seed))
     base = open_model(recipe.model, len(tokenizer), recipe.seed)
@@ -118,7 +119,7 @@ def open_run(target: str, recipe: Recipe) -> OpenedRun:
 
 def _require_finite(model: nn.Module, target: str) -> None:
     """Refuse to hand on weights that hold a NaN or an infinity."""
-    trained = tree_flatten(model.trainable_parameters())
+    trained = named_tensors(model.trainable_parameters())
     broken = [name for name, value in trained if not mx.isfinite(value).all().item()]
     if broken:
         raise ValueError(f"{target!r} has weights that are not finite, which are not exported: {', '.join(broken)}.")
@@ -128,16 +129,16 @@ def export_peft(run: OpenedRun, folder: Path, *, base_model: str | None, multimo
     """Write a PEFT adapter folder.
 
     Args:
-        run: a LoRA or DoRA run.
-        folder: replaced as a whole.
-        base_model: name of the base model to write; None = the recipe's model.path.
-        multimodal: name modules as the class with the vision tower does.
+        run: A LoRA or DoRA run.
+        folder: The folder to write; it is replaced as a whole.
+        base_model: Name of the base model to write; None = the recipe's model.path.
+        multimodal: Name modules as the class with the vision tower does.
 
     Returns:
         What the user should know, in sentences.
 
     Raises:
-        ValueError: the run has no adapters, or one that PEFT cannot express, or no base model that PEFT could load.
+        ValueError: The run has no adapters, or one that PEFT cannot express, or no base model that PEFT could load.
     """
     if run.adapter is None:
         raise ValueError("--to peft needs adapters, and this run has method: full; its model/ is already complete.")
@@ -171,15 +172,15 @@ def export_fused(run: OpenedRun, folder: Path, *, requantize: bool) -> list[str]
     """Write base and adapter as one model, compared with base + adapter before `folder` is replaced.
 
     Args:
-        run: any run; after full fine-tuning there is nothing to fuse and the model is written as it is.
-        folder: replaced as a whole.
-        requantize: keep a quantized base quantized, adapted weights rounded anew; False = dequantize all.
+        run: Any run; after full fine-tuning there is nothing to fuse and the model is written as it is.
+        folder: The folder to write; it is replaced as a whole.
+        requantize: Keep a quantized base quantized, adapted weights rounded anew; False = dequantize all.
 
     Returns:
         What the user should know, in sentences.
 
     Raises:
-        ValueError: the written model's logits differ from base + adapter's by more than rounding.
+        ValueError: The written model's logits differ from base + adapter's by more than rounding.
     """
     materialize(run.model)
     probe = mx.random.randint(0, len(run.tokenizer), PROBE_SHAPE, key=mx.random.key(0))
@@ -189,7 +190,7 @@ def export_fused(run: OpenedRun, folder: Path, *, requantize: bool) -> list[str]
     run.base = fuse(run.base, dequantize=not requantize)
     dtype = _dtype(run.model)
     with atomic_folder(folder) as staging:
-        tensors = tree_flatten(run.model.parameters())
+        tensors = named_tensors(run.model.parameters())
         write_model(staging, tensors, run.base.config, run.tokenizer, source=source_folder(run.recipe.model))
         written, _ = load_model(staging)
         difference = relative_difference(_logits(written, probe), expected)
@@ -206,7 +207,7 @@ def fuse(base: BaseModel, *, dequantize: bool) -> BaseModel:
     """Merge the adapters of a model into its weights, in place.
 
     Args:
-        base: model with or without adapters; and its config.
+        base: Model with or without adapters; and its config.
         dequantize: True = no weight stays quantized; False = those that were quantized are so again.
     """
     model = base.model
@@ -223,7 +224,8 @@ def fuse(base: BaseModel, *, dequantize: bool) -> BaseModel:
 def relative_difference(logits: mx.array, expected: mx.array) -> float:
     """Root mean square of the difference of two logit arrays `(B, L, V)`, over the spread of the second."""
     difference = (logits - expected).astype(mx.float32)
-    return (mx.sqrt(mx.mean(difference**2)) / mx.std(expected.astype(mx.float32))).item()
+    relative = mx.sqrt(mx.mean(difference**2)) / mx.std(expected.astype(mx.float32))
+    return cast(float, relative.item())  # of a float32; MLX annotates what any dtype gives
 
 
 def _logits(model: nn.Module, tokens: mx.array) -> mx.array:
@@ -253,7 +255,7 @@ def _comparison(difference: float, is_quantized: bool, rounds: bool, dtype: mx.D
 
 def _dtype(model: nn.Module) -> mx.Dtype:
     """The narrowest floating dtype of the parameters: it bounds how exact logits can be."""
-    dtypes = {p.dtype for _, p in tree_flatten(model.parameters()) if mx.issubdtype(p.dtype, mx.floating)}
+    dtypes = {p.dtype for _, p in named_tensors(model.parameters()) if mx.issubdtype(p.dtype, mx.floating)}
     return min(dtypes, key=lambda dtype: dtype.size)
 
 

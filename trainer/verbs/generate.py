@@ -4,6 +4,7 @@ All ranks generate in step; rank 0 reads what is typed and prints. Our launcher 
 """
 
 import argparse
+import io
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -76,7 +77,8 @@ def _chat(run: Run, temperature: float) -> int:
 def _typed_lines(world: comm.Group) -> Iterator[str]:
     """Rank 0's lines, on every rank; it may take as long as it likes to type them."""
     if world.rank == 0:
-        sys.stdin.reconfigure(errors="replace")
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="replace")
         print(f"Type a prompt; {END} or the end of the input (Ctrl-D) ends the chat.", file=sys.stderr, flush=True)
     while True:
         with world.progress.long_phase("reading"):

@@ -44,10 +44,10 @@ class Machine:
     """What one rank can do.
 
     Attributes:
-        memory_bytes: that a run may use.
-        flops: operations per second in matrix products.
-        link_bytes: bytes per second to other ranks.
-        message_seconds: time of an empty message.
+        memory_bytes: Bytes that a run may use.
+        flops: Operations per second in matrix products.
+        link_bytes: Bytes per second to other ranks.
+        message_seconds: Time of an empty message.
     """
 
     memory_bytes: float
@@ -61,11 +61,11 @@ class Choice:
     """One mesh, with what it needs and costs.
 
     Attributes:
-        mesh: sizes of the axes.
-        accumulation: micro-batches per step, for the recipe's global batch.
-        footprint: bytes of the fullest rank.
-        sent_bytes: bytes that a rank sends per step.
-        seconds: estimated time of a step.
+        mesh: Sizes of the axes.
+        accumulation: Micro-batches per step, for the recipe's global batch.
+        footprint: Bytes of the fullest rank.
+        sent_bytes: Bytes that a rank sends per step.
+        seconds: Estimated time of a step.
     """
 
     mesh: MeshShape
@@ -110,7 +110,7 @@ class Planner:
         """One mesh with its footprint and cost.
 
         Raises:
-            ValueError: the model cannot be divided so.
+            ValueError: The model cannot be divided so.
         """
         footprint = self.footprints.of(mesh, accumulation)
         sent, messages = self._traffic(mesh, accumulation)

@@ -14,7 +14,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from trainer.files.storage import read_json
-from trainer.metrics.rows import read_rows
+from trainer.metrics.records import read_rows
 from trainer.metrics.table import METRICS, STEP_KEY, Metric
 from trainer.recipe.load import flattened
 from trainer.reports.charts import (

@@ -43,14 +43,14 @@ def _section(section: type) -> dict[str, Any]:
 
 
 def _key(field: dataclasses.Field, kind: Any) -> dict[str, Any]:
-    default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     schema = _kind(kind, field.metadata) | {"description": field.metadata["help"]}
     return schema if dataclasses.is_dataclass(default) else schema | {"default": default}
 
 
 def _kind(kind: Any, metadata: Mapping[str, Any]) -> dict[str, Any]:
     origin, arguments = get_origin(kind), get_args(kind)
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return _section(kind)
     if origin is Literal:
         return {"enum": list(arguments)}

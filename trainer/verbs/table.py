@@ -17,7 +17,7 @@ class Verb:
     """One verb of `python -m trainer`.
 
     Args:
-        function: ``module:name`` of a function from the parsed arguments to the exit code.
+        function: `module:name` of a function from the parsed arguments to the exit code.
         summary: What it does, in one line.
         example: A command that shows it.
         add_arguments: Adds its arguments to a parser.

@@ -9,7 +9,7 @@ import mlx.core as mx
 import pytest
 from rich.console import Console
 
-from trainer.metrics.rows import JsonlSink, Metrics, Row, _Lines, read_rows
+from trainer.metrics.records import JsonlSink, Metrics, Row, _Lines, read_rows
 from trainer.metrics.table import METRIC_KEYS
 from trainer.metrics.terminal import TerminalSink
 from trainer.metrics.throughput import Throughput, memory_row
@@ -134,7 +134,7 @@ class FullDisk:
 def disk(monkeypatch: pytest.MonkeyPatch) -> FullDisk:
     """Under what JsonlSink appends to."""
     disk = FullDisk()
-    monkeypatch.setattr("trainer.metrics.rows.open", disk.open, raising=False)
+    monkeypatch.setattr("trainer.metrics.records.open", disk.open, raising=False)
     return disk
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from trainer.metrics import wandb_worker
-from trainer.metrics.rows import read_rows
+from trainer.metrics.records import read_rows
 from trainer.metrics.wandb_sink import WandbSink, wandb_mode
 from training import train_with_recipe
 

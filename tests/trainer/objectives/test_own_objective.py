@@ -12,7 +12,7 @@ from comm import solo
 from tiny_recipes import tiny_recipe, write_rows
 from trainer import Objective, train
 from trainer.build import build
-from trainer.metrics.rows import read_rows
+from trainer.metrics.records import read_rows
 from trainer.metrics.table import Metric
 from trainer.objectives.table import OBJECTIVES
 from trainer.recipe.config import ObjectiveConfig

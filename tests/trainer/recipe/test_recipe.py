@@ -143,6 +143,12 @@ def test_nearest_known_key(key, meant):
     assert problems_of({key: 1})[key].endswith(f"did you mean {meant}?")
 
 
+def test_nearest_key_of_a_source():
+    """Catches a misspelt key of one of several sources that is silently ignored."""
+    wrong = problems_of({"data": {"train": [{"path": "x", "wieght": 2}]}})["data.train[0].wieght"]
+    assert wrong.endswith("did you mean data.train[0].weight?")
+
+
 @pytest.mark.parametrize(
     "changes, path",
     [
@@ -156,6 +162,7 @@ def test_nearest_known_key(key, meant):
         ({"gradient_checkpointing": 0}, "gradient_checkpointing"),
         ({"data": {"train": {"path": "x"}}}, "data.train"),
         ({"data": {"train": [{"split": "train"}]}}, "data.train[0].path"),
+        ({"data": {"train": [{"path": "x", "weight": 0}]}}, "data.train[0].weight"),
         ({"data": {"train": "x", "packing": "on"}}, "data.packing"),
         ({"parallel": {"backend": {"tpp": "ring"}}}, "parallel.backend.tpp"),
         ({"parallel": {"backend": {"tp": "rign"}}}, "parallel.backend.tp"),

@@ -19,7 +19,7 @@ from tiny_recipes import run_apart, tiny_recipe, write_rows
 from trainer.bench.baseline import read_baseline, write_baseline
 from trainer.checkpoint.folder import open_checkpoint
 from trainer.machine import limits
-from trainer.metrics.rows import read_rows
+from trainer.metrics.records import read_rows
 from trainer.recipe.config import LimitsConfig
 from trainer.recipe.load import to_yaml
 from trainer.results.opened import recipe_of

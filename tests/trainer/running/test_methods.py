@@ -13,7 +13,7 @@ import comm
 from tiny_recipes import MODELS, model_section, tiny_recipe, write_rows
 from trainer.__main__ import main
 from trainer.build import build
-from trainer.metrics.rows import read_rows
+from trainer.metrics.records import read_rows
 from trainer.results.opened import load_result
 from trainer.training.requests import Stop
 from training import train

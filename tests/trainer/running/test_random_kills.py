@@ -18,7 +18,7 @@ import pytest
 
 from ranks import MORTAL, ROOT, slowness
 from tiny_recipes import tiny_recipe, write_rows
-from trainer.metrics.rows import read_rows
+from trainer.metrics.records import read_rows
 from trainer.recipe.load import to_yaml
 
 PARTS, KILLS_PER_PART = 20, 10

@@ -9,7 +9,7 @@ import pytest
 import comm
 from tiny_recipes import run_apart, tiny_recipe, write_rows
 from trainer.files.storage import file_record
-from trainer.metrics.rows import read_rows
+from trainer.metrics.records import read_rows
 from trainer.training.requests import Stop
 from training import train
 

@@ -16,7 +16,7 @@ import comm
 from ranks import slowness
 from tiny_recipes import MODELS, run_apart, tiny_recipe, write_rows
 from trainer.__main__ import main
-from trainer.metrics.rows import read_rows
+from trainer.metrics.records import read_rows
 from trainer.recipe.load import to_yaml
 from trainer.training.requests import Stop
 from training import train

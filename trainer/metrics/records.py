@@ -1,13 +1,13 @@
 """The numbers of a run: one row goes to every sink (metrics.jsonl, W&B, terminal), all under the same keys.
 
-Only rank 0 has sinks; other ranks hold ``Metrics([])`` and call it alike. A key that a run cannot measure is left out
+Only rank 0 has sinks; other ranks hold `Metrics([])` and call it alike. A key that a run cannot measure is left out
 of the row, never 0. Metrics do not end a run: a sink that fails is named once and left out from then on, and rows that
 the disk has no room for wait in memory.
 """
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -20,7 +20,7 @@ Sample = dict[str, str | None]
 
 
 class Sink(Protocol):
-    """Where rows go. ``samples`` are held-out generations; ``message`` is a line for a person."""
+    """Where rows go. `samples` are held-out generations; `message` is a line for a person."""
 
     def log(self, row: Row) -> None: ...
 
@@ -40,7 +40,7 @@ class Metrics:
 
     Args:
         sinks: Empty on every rank but 0.
-        history: Rows of the same run from before a restart (``JsonlSink.kept``), so that best values span it.
+        history: Rows of the same run from before a restart (`JsonlSink.kept`), so that best values span it.
         own: Metrics of this run beside those of the table.
     """
 
@@ -54,14 +54,14 @@ class Metrics:
             self._remember(row)
 
     def log(self, row: Row) -> None:
-        """Write one row. It holds ``train/global_step`` and any other of ``METRIC_KEYS``, as Python numbers."""
+        """Write one row. It holds `train/global_step` and any other of `METRIC_KEYS`, as Python numbers."""
         unknown = sorted(set(row) - METRIC_KEYS - {metric.key for metric in self.own})
         assert not unknown and STEP_KEY in row, f"row needs {STEP_KEY}; not metric keys: {unknown}"
         self._remember(row)
         self._each("log", row)
 
     def samples(self, step: int, samples: Sequence[Sample]) -> None:
-        """Show held-out generations: dicts of ``prompt``, ``expected`` (or None) and ``generated``."""
+        """Show held-out generations: dicts of `prompt`, `expected` (or None) and `generated`."""
         self._each("samples", step, samples)
 
     def message(self, text: str) -> None:
@@ -69,20 +69,20 @@ class Metrics:
         self._each("message", text)
 
     def advance(self, step: int) -> None:
-        """Move the progress display to ``step`` between rows."""
+        """Move the progress display to `step` between rows."""
         self._each("advance", step)
 
-    def close(self, summary: dict[str, object] | None = None) -> dict[str, object]:
+    def close(self, summary: Mapping[str, object] | None = None) -> dict[str, object]:
         """Close every sink; call it once.
 
         Args:
             summary: Further values for the summary; they win over those kept here.
 
         Returns:
-            The last value of every key, best values (``best/eval_loss`` …), and ``summary``.
+            The last value of every key, best values (`best/eval_loss` …), and `summary`.
 
         Raises:
-            RowsLost: ``metrics.jsonl`` lacks rows that could not be written. Every sink is closed.
+            RowsLost: `metrics.jsonl` lacks rows that could not be written. Every sink is closed.
         """
         whole = {**self.last, **self.best, **(summary or {})}
         self._each("close", whole)
@@ -91,7 +91,7 @@ class Metrics:
         return whole
 
     def abandon(self) -> None:
-        """Instead of ``close`` when the run ends by an error: gives the terminal back; W&B shows the run as failed."""
+        """Instead of `close` when the run ends by an error: gives the terminal back; W&B shows the run as failed."""
         self._each("abandon")
 
     def _remember(self, row: Row) -> None:
@@ -118,13 +118,13 @@ class RowsLost(OSError):
 
 
 class JsonlSink:
-    """Writes ``metrics.jsonl``, one JSON object a line, and held-out generations beside it in ``samples.jsonl``.
+    """Writes `metrics.jsonl`, one JSON object a line, and held-out generations beside it in `samples.jsonl`.
 
-    Every row is in the file when ``log`` returns, so a killed run loses none. Where the disk is full, rows wait in
+    Every row is in the file when `log` returns, so a killed run loses none. Where the disk is full, rows wait in
     memory and are written with a later one. A value that is not finite becomes null, because JSON has no NaN.
 
     Args:
-        path: The ``metrics.jsonl``; its folder is made.
+        path: The `metrics.jsonl`; its folder is made.
         resume_step: Rows after this step are cut off first, because the resumed run writes them again; so is a torn
             last line. None starts both files anew.
         notice: Gets a line when rows begin to wait.
@@ -197,7 +197,7 @@ class _Lines:
         self.waiting, self.failure = [], ""
 
     def cut(self, resume_step: int | None) -> list[Row]:
-        """Drop rows after ``resume_step`` (all when None); returns those that stay, without their nulls."""
+        """Drop rows after `resume_step` (all when None); returns those that stay, without their nulls."""
         if resume_step is None:
             self.path.unlink(missing_ok=True)
         if not self.path.is_file():
@@ -211,7 +211,7 @@ class _Lines:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a ``metrics.jsonl`` or ``samples.jsonl`` in file order, up to a torn line. No file: no rows."""
+    """The rows of a `metrics.jsonl` or `samples.jsonl` in file order, up to a torn line. No file: no rows."""
     rows = []
     if path.is_file():
         # Cut at newlines alone: text may hold other characters at which str.splitlines() would cut.
