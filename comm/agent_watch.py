@@ -7,6 +7,7 @@ polling: on its process descriptor on Linux, on a kernel queue on macOS.
 import os
 import select
 import signal
+import sys
 import threading
 from collections.abc import Mapping
 
@@ -17,9 +18,9 @@ def watch_agent(environ: Mapping[str, str] = os.environ) -> threading.Thread | N
     """Start a thread that kills this process's group once the agent named in `environ` has ended.
 
     Returns:
-        The thread, or None where no agent started this process or the system has no way to wait for it.
+        The thread, or None where no agent started this process or the system is neither macOS nor Linux.
     """
-    if AGENT not in environ or not (hasattr(os, "pidfd_open") or hasattr(select, "kqueue")):
+    if AGENT not in environ or sys.platform not in ("darwin", "linux"):
         return None
     thread = threading.Thread(target=_end_with, args=(int(environ[AGENT]),), name="comm-agent-watch", daemon=True)
     thread.start()
@@ -37,7 +38,7 @@ def _end_with(pid: int) -> None:
 
 
 def _wait_for_end(pid: int) -> None:
-    if hasattr(select, "kqueue"):
+    if sys.platform == "darwin":
         queue = select.kqueue()
         event = select.kevent(pid, select.KQ_FILTER_PROC, select.KQ_EV_ADD, select.KQ_NOTE_EXIT)
         queue.control([event], 1)

@@ -8,6 +8,7 @@ et al., arXiv 2205.05198 (gather and reduce-scatter). With one rank each is the 
 import mlx.core as mx
 
 from comm.group import Group
+from comm.typed import custom_function
 
 
 def copy_to_group(x: mx.array, group: Group) -> mx.array:
@@ -18,7 +19,7 @@ def copy_to_group(x: mx.array, group: Group) -> mx.array:
     if group.size == 1:
         return x
 
-    @mx.custom_function
+    @custom_function
     def copy(x):
         return x
 
@@ -63,7 +64,7 @@ def scatter_over_group(x: mx.array, group: Group, axis: int = -1) -> mx.array:
             f"axis {axis} must be divisible by {group.size}."
         )
 
-    @mx.custom_function
+    @custom_function
     def scatter(x):
         return mx.contiguous(mx.split(x, group.size, axis)[group.rank])
 
@@ -83,7 +84,7 @@ def gather_from_shards(x: mx.array, group: Group, axis: int = 0) -> mx.array:
     if group.size == 1:
         return x
 
-    @mx.custom_function
+    @custom_function
     def gather(x):
         return group.all_gather(x, axis)
 
@@ -110,7 +111,7 @@ def send_forward(x: mx.array, dst: int, group: Group) -> mx.array:
     of `x` from `dst`; the local cotangent is not used.
     """
 
-    @mx.custom_function
+    @custom_function
     def send(x):
         return group.send(x, dst)
 
@@ -128,7 +129,7 @@ def recv_forward(like: mx.array, src: int, group: Group) -> mx.array:
     cotangent to `src`. The gradient of `like` is that message: evaluate it or nothing leaves.
     """
 
-    @mx.custom_function
+    @custom_function
     def recv(like):
         return group.recv_like(like, src)
 

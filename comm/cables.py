@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from typing import cast
 
 ANSWER_SECONDS = 0.8  # far above a round trip; the watchdog of this rank stands still meanwhile
 _ANSWERS = (0, errno.ECONNREFUSED)  # a refusal comes from the other end, too
@@ -68,7 +69,7 @@ def _silent(tries: Sequence[tuple[socket.socket, str, int]], deadline: float) ->
             silent.append(address)
     while selector.get_map() and (left := deadline - time.monotonic()) > 0:
         for key, _ in selector.select(left):
-            selector.unregister(key.fileobj)
-            if key.fileobj.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) not in _ANSWERS:
+            sock = cast(socket.socket, selector.unregister(key.fileobj).fileobj)
+            if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) not in _ANSWERS:
                 silent.append(key.data)
     return silent + [key.data for key in selector.get_map().values()]

@@ -15,6 +15,7 @@ from comm.capabilities import CAPABILITIES, Capabilities
 from comm.connections import Connection, Connections
 from comm.debug import check_calls, encode_call
 from comm.progress import Progress
+from comm.typed import custom_function, integers
 
 SOLO = Capabilities("none", True, True, "none", "cpu")
 
@@ -147,7 +148,7 @@ class Group:
                 f"axis {axis} must be divisible by {self.size}."
             )
 
-        @mx.custom_function
+        @custom_function
         def scatter(x):
             return self._reduce_scatter(x, axis)
 
@@ -247,9 +248,10 @@ class Group:
         self.connections.close_dropped()
         order = key if key >= 0 else self.rank
         row = mx.array([color, order, self.members[self.rank]], dtype=mx.int32)
-        rows = self.all_gather(row[None]).tolist()
+        rows = integers(self.all_gather(row[None]))
         same = sorted((k, rank) for rank, (c, k, _) in enumerate(rows) if c == color)
         members = tuple(rows[rank][2] for _, rank in same)
+        assert self._native is not None, "a group of one rank is not split by MLX"
         native = self._native.split(color, order)
         if native.size() == 1:
             return Group(None, self.backend, members=members, progress=self.progress)
@@ -278,7 +280,7 @@ class Group:
         if self.size == 1 or not mx.issubdtype(x.dtype, mx.floating):
             return self._reduce(operation, x)
 
-        @mx.custom_function
+        @custom_function
         def extreme(x):
             return self._reduce(operation, x)
 

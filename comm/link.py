@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from comm.group import Group
+from comm.typed import number
 
 # Messages like buckets: where ranks share cores, small ones tell nothing of these (two ring ranks on two cores: 0.4 ms
 # for 256 KiB, 10 ms for 2 MiB).
@@ -72,8 +73,8 @@ def measure_link(group: Group, num_bytes: Sequence[int] = PROBE_BYTES) -> LinkFi
     if group.size == 1:
         return LinkFit(0.0, 0.0)
     seconds = [time_all_sum(group, size) for size in num_bytes]
-    slowest = group.all_max(mx.array(seconds, dtype=mx.float32)).tolist()
-    return fit_link(num_bytes, slowest)
+    slowest = group.all_max(mx.array(seconds, dtype=mx.float32))
+    return fit_link(num_bytes, np.array(slowest).tolist())
 
 
 def measure_join(group: Group, num_bytes: int = 8 << 20) -> float:
@@ -81,7 +82,7 @@ def measure_join(group: Group, num_bytes: int = 8 << 20) -> float:
     part = mx.zeros((num_bytes // 8,), dtype=mx.float32)
     mx.eval(part)
     seconds = _median_seconds(lambda: mx.concatenate([part, part]))
-    return group.all_max(mx.array(seconds / num_bytes, dtype=mx.float32)).item()
+    return number(group.all_max(mx.array(seconds / num_bytes, dtype=mx.float32)))
 
 
 def time_all_sum(group: Group, num_bytes: int, num_repeats: int = 3) -> float:

@@ -139,7 +139,7 @@ def _build(
             wishes[name] = Wish(world, members[0], backend=backend)
     _require_one_jaccl_mesh(world, wishes)
     if wishes:
-        maker = world.splitter or SubGroups(world)
+        maker = world.splitter if isinstance(world.splitter, SubGroups) else SubGroups(world)
         groups.update(zip(wishes, maker.split(list(wishes.values())), strict=True))
     return {
         name: groups.get(name) or groups[made[members, backends[name]]]

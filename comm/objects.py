@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from comm.group import Group
+from comm.typed import integers, number
 
 
 def broadcast_object(obj: Any, group: Group, root: int = 0) -> Any:
@@ -21,7 +22,7 @@ def broadcast_object(obj: Any, group: Group, root: int = 0) -> Any:
         root: The rank whose object it is. Default: 0.
     """
     payload = _encode(obj) if group.rank == root else mx.zeros((0,), dtype=mx.uint8)
-    length = int(group.all_max(mx.array([payload.size], dtype=mx.int32)).item())
+    length = int(number(group.all_max(mx.array([payload.size], dtype=mx.int32))))
     found = _decode(group.broadcast(_padded(payload, length), root), length)
     group.progress.settle()
     return found
@@ -30,7 +31,7 @@ def broadcast_object(obj: Any, group: Group, root: int = 0) -> Any:
 def all_gather_object(obj: Any, group: Group) -> list[Any]:
     """Every rank's `obj`, in rank order, on every rank. Objects are anything JSON can hold."""
     payload = _encode(obj)
-    lengths = group.all_gather(mx.array([payload.size], dtype=mx.int32)).tolist()
+    lengths = integers(group.all_gather(mx.array([payload.size], dtype=mx.int32)))
     rows = group.all_gather(_padded(payload, max(lengths))[None])
     found = [_decode(row, length) for row, length in zip(rows, lengths, strict=True)]
     group.progress.settle()

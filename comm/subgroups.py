@@ -60,8 +60,8 @@ class SubGroups:
         everyone = list(range(self.world.size))
         with reserve_ports(
             [_own(table, line, self.world.rank) for line in [*lineups, everyone]]
-        ) as ports:
-            ports = all_gather_object(ports, self.world)
+        ) as own:
+            ports = all_gather_object(own, self.world)
             groups = [
                 self._start(wish, line, _equally_many([ports[rank][i] for rank in line]))
                 for i, (wish, line) in enumerate(zip(wishes, lineups, strict=True))

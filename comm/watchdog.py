@@ -277,8 +277,7 @@ class Watchdog:
         for peer in self._peers:
             silent = now - peer.heard
             # One that has left reports no more. Its connection stays where MPI waits at its end for all ranks.
-            is_awaited = peer.rank is not None and not self.table[peer.rank].left
-            if is_awaited and silent > self.timeout_seconds:
+            if peer.rank is not None and not self.table[peer.rank].left and silent > self.timeout_seconds:
                 self._conclude(self._silence(peer.rank, silent))
 
     def _own_status(self, now: float) -> RankStatus:

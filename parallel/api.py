@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
+from comm.typed import number
 from parallel.compiled import compiled
 from parallel.row_threads import RowThreads
 from parallel.sums import add_sums
@@ -139,7 +140,7 @@ def _whole(model: nn.Module, loss_fn: LossFn, compile_local: bool) -> Callable[[
 
     def forward(model: nn.Module, batch: Batch) -> tuple[mx.array, mx.array]:
         result = loss_fn(model, batch)
-        phases.trace.in_backward = True
+        phases.enter_backward()
         return result
 
     loss_and_grad = nn.value_and_grad(model, forward)
@@ -191,6 +192,6 @@ def evaluate(model: nn.Module, loss_fn: LossFn) -> Callable[[Iterable[Batch]], t
             mx.eval(loss, weight)
         for group in state.loss_groups:
             loss, weight = group.all_sum(loss), group.all_sum(weight)
-        return loss.item() / (weight.item() or 1), weight.item()
+        return number(loss) / (number(weight) or 1), number(weight)
 
     return run

@@ -10,8 +10,8 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
+from comm.typed import named_arrays
 from parallel.swapping import slots_of, swapped
 
 
@@ -29,7 +29,7 @@ def compiled(model: nn.Module, loss_and_grad: Callable[[nn.Module, Any], Any]) -
     """
 
     def traced(parameters: Any, batch: Any) -> Any:
-        named = tree_flatten(parameters)
+        named = named_arrays(parameters)
         with swapped(slots_of(model, [name for name, _ in named]), [array for _, array in named]):
             return loss_and_grad(model, batch)
 

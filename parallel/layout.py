@@ -86,7 +86,7 @@ class Split:
         """The full tensor from every rank's slice, equal on all ranks. Every rank of the group must call it."""
         if self.group.size == 1:
             return local
-        ranks = mx.split(self.group.all_gather(local, axis=self.dim), self.group.size, axis=self.dim)
+        ranks = list(mx.split(self.group.all_gather(local, axis=self.dim), self.group.size, axis=self.dim))
         if len(self.segments) == 1:
             whole = mx.concatenate(ranks[:: self.segments[0].copies], axis=self.dim)
             return _range(whole, self.dim, 0, self.full_size)

@@ -6,6 +6,7 @@ model is run and the head is the identity: right, but with all logits in memory.
 """
 
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -58,7 +59,7 @@ class Head:
 
 def text_model(model: nn.Module) -> nn.Module:
     """The language part of an mlx-lm model: `model.language_model` where it has one, else `model` itself."""
-    return getattr(model, "language_model", model)
+    return cast(nn.Module, getattr(model, "language_model", model))
 
 
 def output_head(model: nn.Module) -> Head | None:
@@ -74,6 +75,12 @@ def output_head(model: nn.Module) -> Head | None:
     part = getattr(module, "vocabulary", None)
     sharding = {} if part is None else {"group": part.group, "first": part.first}
     return Head(module, tied=tied, **row.logits(args), **sharding)
+
+
+def is_tied(model: nn.Module) -> bool:
+    """Whether the output head is the input embedding; False where the head is not known."""
+    head = output_head(model)
+    return head is not None and head.tied
 
 
 def hidden_and_head(model: nn.Module, tokens: mx.array, segments: mx.array | None = None) -> tuple[mx.array, Head]:
@@ -95,4 +102,5 @@ def hidden_and_head(model: nn.Module, tokens: mx.array, segments: mx.array | Non
     core = text_model(model).model
     hidden = parallel_state(model).guarded(core(tokens) if cache is None else core(tokens, cache))
     # Only now: a head whose weights are divided for storage gathers them for its copy.
-    return hidden, replace(head, module=head.module.whole()) if hasattr(head.module, "whole") else head
+    module = head.module
+    return hidden, replace(head, module=module.whole()) if module is not None and hasattr(module, "whole") else head

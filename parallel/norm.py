@@ -8,9 +8,10 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 
 import comm
+from comm.typed import named_arrays
 from parallel.layout import model_layout
 from parallel.wrapper import parallel_state
 
@@ -26,7 +27,7 @@ def global_norm(grads: Any, model: nn.Module) -> mx.array:
     state = parallel_state(model)
     partial: dict[tuple[str, ...], mx.array] = {}
     groups: dict[str, comm.Group] = {}
-    for name, grad in tree_flatten(grads):
+    for name, grad in named_arrays(grads):
         if name in state.repeated:
             continue
         split = layout.get(name)

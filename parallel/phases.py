@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
+
+from comm.typed import named_arrays
 
 
 @dataclass
@@ -71,6 +72,11 @@ class Phases:
         finally:
             self.trace = outer
 
+    def enter_backward(self) -> None:
+        """Note that the forward pass of the pass that is being recorded is over."""
+        assert self.trace is not None, "no pass is being recorded"
+        self.trace.in_backward = True
+
     def evaluate_forward(self, trace: Trace, outputs: Any) -> None:
         """Evaluate `outputs` (arrays in any tree) and all that leads to them, one unit after the other.
 
@@ -90,7 +96,7 @@ class Phases:
             grads: gradient tree under parameter names.
             others: further arrays, evaluated at the end, such as the gradient of the pass's input.
         """
-        named = dict(tree_flatten(grads))
+        named = dict(named_arrays(grads))
         again = {call.path: call.forward for call in trace.recomputed}
         steps = [(call.path, call.backward or again.get(call.path, [])) for call in reversed(trace.calls)]
         trace.calls, trace.recomputed = [], []

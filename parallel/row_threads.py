@@ -17,8 +17,9 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 
+from comm.typed import integers, named_arrays
 from parallel.extension import overridden_class
 from parallel.sums import add_sums
 from parallel.swapping import slots_of, swapped
@@ -85,7 +86,7 @@ class RowThreads:
         # A thread cannot compute what another one left lazy: weights, or what a module keeps beside them.
         mx.eval(slices, model)
         # Each thread has random numbers of its own, which do not depend on this one's.
-        seeds = mx.random.randint(0, 2**31 - 1, (len(slices),)).tolist()
+        seeds = integers(mx.random.randint(0, 2**31 - 1, (len(slices),)))
         jobs, stop = list(zip(seeds, slices)), threading.Event()
         with self._around():
             work = [self._pool.submit(self._sum_of, jobs[i::number], model, loss_and_grad, stop) for i in range(number)]
@@ -104,7 +105,7 @@ class RowThreads:
 
     def _slices(self, batch: Batch) -> list[Batch]:
         num_rows, num_tokens = batch["tokens"].shape
-        for name, value in tree_flatten(batch):
+        for name, value in named_arrays(batch):
             if hasattr(value, "shape") and value.shape[:1] != (num_rows,):
                 raise ValueError(
                     f"The batch's {name} has shape {tuple(value.shape)}; row_threads needs arrays whose first axis is "
@@ -116,12 +117,12 @@ class RowThreads:
     def _sum_of(
         self, jobs: Sequence[tuple[int, Batch]], model: nn.Module, loss_and_grad: Callable, stop: threading.Event
     ) -> list[Any]:
-        total = None
+        total: list[Any] = []
         for seed, batch in jobs:
             if stop.is_set():
                 break
             mx.random.seed(seed)
-            total, outputs = self._traced(total, batch, model, loss_and_grad)
+            total, outputs = self._traced(total or None, batch, model, loss_and_grad)
             _evaluate(outputs, *total)
         return total
 
@@ -130,7 +131,7 @@ class RowThreads:
     ) -> tuple[list[Any], list[Any]]:
         """`total` with the sums of one slice added, lazy, and what the layers returned on the way."""
         with self._tracing:
-            own = tree_flatten(model.parameters())
+            own = named_arrays(model.parameters())
             # What a trace puts in their place belongs to this thread; after an error also that of frozen ones.
             with swapped(slots_of(model, [name for name, _ in own]), [array for _, array in own]):
                 with _noted_outputs(getattr(model, "layers", [])) as outputs:
@@ -156,7 +157,7 @@ def _end_threads(pool: ThreadPoolExecutor, threads: list[threading.Thread]) -> N
 
 def _affordable(model: nn.Module) -> int:
     """Threads whose gradients fit."""
-    num_trainable = sum(weight.size for _, weight in tree_flatten(model.trainable_parameters()))
+    num_trainable = sum(weight.size for _, weight in named_arrays(model.trainable_parameters()))
     return 1 + EXTRA_GRADIENT_BYTES // max(num_trainable * mx.float32.size, 1)
 
 
@@ -192,5 +193,5 @@ def _evaluate(outputs: list[Any], loss: mx.array, weight: mx.array, grads: Any) 
     while outputs:
         mx.eval(outputs.pop())
     mx.eval(loss, weight)
-    for _, grad in reversed(tree_flatten(grads)):
+    for _, grad in reversed(named_arrays(grads)):
         mx.eval(grad)

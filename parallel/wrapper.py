@@ -9,13 +9,14 @@ know of each other lives in one `ParallelState` on the module.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
 import comm
+from comm.typed import custom_function
 from parallel.extension import extend, take_back
 from parallel.phases import Phases
 
@@ -76,7 +77,13 @@ class ParallelState:
         return _INNER_AXES.isdisjoint(self.groups)
 
 
-class Wrapper:
+if TYPE_CHECKING:
+    _Extended = nn.Module  # what `__new__` makes of it
+else:
+    _Extended = object
+
+
+class Wrapper(_Extended):
     """Base of the wrappers: `__new__` extends the module's class, the wrapper's `__init__` then runs on it.
 
     A wrapper's `__init__` must not call `super().__init__`: around another wrapper that is the inner
@@ -91,13 +98,13 @@ class Wrapper:
         ValueError: the module already has this wrapper.
     """
 
-    def __new__(cls, module: nn.Module, group: comm.Group | None = None, **options: Any) -> "Wrapper":
+    def __new__(cls, module: nn.Module, group: comm.Group | None = None, **options: Any) -> Self:
         if not isinstance(module, nn.Module):
             raise TypeError(f"{cls.__name__} wraps an mlx.nn.Module, got {type(module).__name__}.")
         if isinstance(module, cls):
             raise ValueError(f"This {type(module).__name__} is already wrapped in {cls.__name__}.")
         extend(module, cls, f"{cls.__name__}{type(module).__name__}")
-        return module
+        return cast(Self, module)
 
     def join(self, axis: str, group: comm.Group | None) -> comm.Group:
         """Record `group` (None = the world) as the module's group of the mesh axis `axis`, and return it."""
@@ -128,7 +135,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 def without_gradient(output: mx.array, parameters: list[mx.array], reason: str) -> mx.array:
     """`output`, whose gradient, and that of `parameters`, raises `ValueError(reason)` instead of being silently wrong."""
 
-    @mx.custom_function
+    @custom_function
     def leave(output: mx.array, *parameters: mx.array) -> mx.array:
         return output
 

@@ -9,7 +9,14 @@ Names are loaded on first use, so that `--help` and `validate` stay quick; each 
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trainer.objectives.objective import Objective as Objective
+    from trainer.recipe.config import Recipe as Recipe
+    from trainer.recipe.load import load_recipe as load_recipe
+    from trainer.running.run import Callbacks as Callbacks, RunResult as RunResult, train as train
+
 
 __version__ = "0.2.0"
 

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from comm.launcher.agent import GREETING
 from comm.launcher.hostfile import Host
@@ -103,12 +103,10 @@ class Run:
         handlers[signal.SIGTTIN] = signal.signal(signal.SIGTTIN, signal.SIG_IGN)
         try:
             while self._running:
-                due = self._due[0] if self._due else None
                 try:
-                    kind, rank, code = self._events.get(timeout=due and due.seconds)
+                    kind, rank, code = self._events.get(timeout=self._due[0].seconds if self._due else None)
                 except queue.Empty:
-                    self._due.pop(0)
-                    due.act()
+                    self._due.pop(0).act()
                     continue
                 if kind == "signal":
                     self._pass_on(code)
@@ -231,18 +229,20 @@ class Run:
         agent, host = self._agents[rank], self.job.hosts.hosts[rank]
         all_local = all(one.is_local for one in self.job.hosts.hosts)
         self._tell(rank, {"ips": host.ips, "all_local": all_local, "num_extra_ports": 1})
-        for line in agent.stdout:
+        out, err = cast(BinaryIO, agent.stdout), cast(BinaryIO, agent.stderr)
+        for line in out:
             text = line.decode(errors="replace")
             if text.startswith(GREETING):
                 return json.loads(text.removeprefix(GREETING))
-        reason = agent.stderr.read().decode(errors="replace").strip()
+        reason = err.read().decode(errors="replace").strip()
         chosen = "" if host.is_local else f" with {self.job.python} (--python sets another)"
         raise ValueError(f"rank {rank} cannot be started on {host.ssh}{chosen}: {reason}")
 
     def _tell(self, rank: int, message: Any) -> None:
         try:
-            self._agents[rank].stdin.write(json.dumps(message).encode() + b"\n")
-            self._agents[rank].stdin.flush()
+            pipe = cast(BinaryIO, self._agents[rank].stdin)
+            pipe.write(json.dumps(message).encode() + b"\n")
+            pipe.flush()
         except BrokenPipeError:
             pass  # its exit code tells
 

@@ -19,12 +19,13 @@ from typing import Any
 
 import mlx.core as mx
 from mlx.nn.utils import average_gradients
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 
 from comm.backend import init
 from comm.fusion import GradientFusion
 from comm.group import Group
 from comm.link import fit_link
+from comm.typed import named_arrays, number
 
 # A layer of a 9 B model with hidden size 4096: the (input, output) of q with its gate, k, v, o,
 # gate, up and down; 32 layers, adapters of rank 8 on each.
@@ -57,7 +58,7 @@ def main(options: argparse.Namespace) -> int:
 def measure(group: Group, max_bytes: int, num_repeats: int) -> dict[str, Any]:
     """Everything the bench reports, as one JSON-able object; every rank must call it."""
     sizes = [1 << power for power in range(12, 40, 3) if 1 << power <= max_bytes]
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"collective": name, "bytes": size, **_time(group, call, factor, size, num_repeats)}
         for name, (call, factor) in collectives(group).items()
         for size in sizes
@@ -77,7 +78,7 @@ def measure(group: Group, max_bytes: int, num_repeats: int) -> dict[str, Any]:
 def collectives(group: Group) -> dict[str, tuple[Callable[[mx.array], mx.array], float]]:
     """Each collective as a call on one message, and the share of its bytes that one link carries."""
     n = group.size
-    calls = {
+    calls: dict[str, tuple[Callable[[mx.array], mx.array], float]] = {
         "all_sum": (group.all_sum, 2 * (n - 1) / n),
         "all_gather": (lambda x: group.all_gather(x[: x.size // n]), (n - 1) / n),
         "reduce_scatter": (lambda x: group.reduce_scatter(x[: x.size // n * n]), (n - 1) / n),
@@ -96,7 +97,7 @@ def compare_fusion(group: Group, mixed: bool, num_repeats: int) -> dict[str, Any
     """
     tree = lora_tree(mixed)
     mx.eval(tree)
-    arrays = [array for _, array in tree_flatten(tree)]
+    arrays = [array for _, array in named_arrays(tree)]
     flats = [mx.zeros((n,), dtype=dtype) for dtype, n in _sizes(arrays).items()]
     fusion = GradientFusion(group, wire_dtype=None)
     native, stream = group._native, group.stream
@@ -113,7 +114,7 @@ def compare_fusion(group: Group, mixed: bool, num_repeats: int) -> dict[str, Any
         "dtypes": sorted({str(array.dtype).split(".")[-1] for array in arrays}),
         "num_arrays": len(arrays),
         "mib": sum(array.nbytes for array in arrays) / 2**20,
-        "bucket_mib": fusion.bucket_bytes / 2**20,
+        "bucket_mib": (fusion.bucket_bytes or 0) / 2**20,
         "seconds": {name: statistics.median(each) for name, each in times.items()},
         "ratio_to_fused": {
             name: statistics.median(a / b for a, b in zip(each, times["fused"], strict=True))
@@ -209,12 +210,12 @@ def _rounds(
     """
     times: dict[str, list[float]] = {name: [] for name in cases}
     start = time.perf_counter()
-    for number in range(num_repeats + 1):
+    for turn in range(num_repeats + 1):
         for name, case in cases.items():
             seconds = _timed(group, case)
-            times[name] += [seconds] if number else []
-        spent = group.all_max(mx.array(time.perf_counter() - start)).item()
-        if number and spent > ROUNDS_SECONDS:
+            times[name] += [seconds] if turn else []
+        spent = number(group.all_max(mx.array(time.perf_counter() - start)))
+        if turn and spent > ROUNDS_SECONDS:
             break
     return times
 

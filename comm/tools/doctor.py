@@ -179,9 +179,8 @@ def _devices(rdma: Sequence[str | list[str] | None]) -> list[str]:
 def _settings(name: str, report: Mapping[str, Any], uses_rdma: bool) -> list[Finding]:
     findings = []
     if report["bridge"]:
-        level = "fail" if uses_rdma else "warn"
         text = f"{name}: the Thunderbolt bridge is on. Turn it off: sudo ifconfig bridge0 down."
-        findings.append(Finding(level, text))
+        findings.append(Finding("fail" if uses_rdma else "warn", text))
     elif report["system"] == "Darwin":
         findings.append(Finding("pass", f"{name}: the Thunderbolt bridge is off"))
     if report["fast_synch"]:

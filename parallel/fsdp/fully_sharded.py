@@ -8,7 +8,7 @@ bounds how many units are gathered at a time.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -47,7 +47,7 @@ class FullyShardedDataParallel(Wrapper):
     Sources: Rajbhandari et al., ZeRO (arXiv 1910.02054); Zhao et al., PyTorch FSDP (arXiv 2304.11277).
     """
 
-    def __new__(cls, module: nn.Module, group: comm.Group | None = None, **options: Any) -> "FullyShardedDataParallel":
+    def __new__(cls, module: nn.Module, group: comm.Group | None = None, **options: Any) -> Self:
         """`module` itself, its class extended."""
         if isinstance(module, nn.Module) and not hasattr(getattr(text_model(module), "model", None), "layers"):
             raise ValueError(
@@ -115,7 +115,7 @@ class ShardedUnit(nn.Module):
     def as_linear(self, x: mx.array) -> mx.array:
         """An embedding used as the output head."""
         with gathered(self) as call:
-            call.outputs = super().as_linear(x)
+            call.outputs = super().as_linear(x)  # type: ignore[misc]  # the mixed-in class has it
         return call.outputs
 
     def whole(self) -> nn.Module:
@@ -240,7 +240,7 @@ def _slots(unit: nn.Module, group: comm.Group) -> dict[str, tuple[nn.Module, str
 def _copy(module: nn.Module) -> nn.Module:
     """A copy of a module tree that shares the arrays, without the mixin of units."""
     base = class_before(type(module), ShardedUnit)
-    copy = base.__new__(base)
+    copy: nn.Module = base.__new__(base)  # type: ignore[call-overload]  # a module's class, not any type
     dict.update(copy, {name: _copy(value) if isinstance(value, nn.Module) else value for name, value in module.items()})
     copy.__dict__.update(module.__dict__)
     return copy

@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from comm.typed import custom_function
 from parallel.extension import extended_class
 from parallel.swapping import slots_of, swapped
 
@@ -33,7 +34,7 @@ class ReshardedLeaf(nn.Module):
             with swapped(slots_of(self, trained), arrays):
                 return call(x, *args, **kwargs)
 
-        @mx.custom_function
+        @custom_function
         def forward(x: mx.array, *arrays: mx.array) -> mx.array:
             return run(x, *arrays)
 

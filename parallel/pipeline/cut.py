@@ -4,14 +4,14 @@ Layers of other stages become parameter-free modules that pass hidden states on,
 model (masks, scaling, windows) runs unchanged on every stage. Letters: B rows, L tokens, D hidden dims.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from parallel.architectures import ARCHITECTURES
 from parallel.extension import extend
-from parallel.lm_head import output_head, text_model
+from parallel.lm_head import is_tied, output_head, text_model
 from parallel.pipeline.stage import LeftStage, Passage
 
 
@@ -22,13 +22,13 @@ class StageCore(nn.Module):
         """As the whole stack; raises `LeftStage` at the end of a stage that is not the last."""
         passage = self.passage
         passage.enter(inputs)
-        embedding = self.embed_tokens
+        embedding: nn.Module = self["embed_tokens"]
         if not passage.is_first:
-            self.embed_tokens = Blank(passage)
+            self["embed_tokens"] = Blank(passage)
         try:
             hidden = super().__call__(inputs, *args, **kwargs)
         finally:
-            self.embed_tokens = embedding
+            self["embed_tokens"] = embedding
         if not passage.is_last:
             raise LeftStage(hidden)
         return hidden
@@ -43,7 +43,7 @@ class Blank(nn.Module):
 
     def __call__(self, tokens: mx.array) -> mx.array:
         """`(B, L)` to `(B, L, D)` zeros."""
-        return mx.zeros_like(self.passage.incoming)
+        return mx.zeros_like(cast(mx.array, self.passage.incoming))
 
 
 class Elsewhere(nn.Module):
@@ -65,7 +65,7 @@ class Elsewhere(nn.Module):
 
     def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         """`x` itself, or the stage's incoming hidden states."""
-        return x if self.passage is None else self.passage.incoming
+        return x if self.passage is None else cast(mx.array, self.passage.incoming)
 
 
 class Same(nn.Module):
@@ -101,7 +101,7 @@ def cut_model(model: nn.Module, own: range, num_layers: int) -> Passage:
     Returns:
         What the stage's modules read in each forward pass.
     """
-    text, tied = text_model(model), output_head(model).tied
+    text, tied = text_model(model), is_tied(model)
     core = text.model
     passage = Passage(is_first=own.start == 0, is_last=own.stop == num_layers)
     core.layers = [

@@ -10,12 +10,12 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 import comm
+from comm.typed import named_arrays, number
 from parallel.api import Batch, LossFn
 from parallel.extension import take_back
-from parallel.lm_head import output_head, text_model
+from parallel.lm_head import is_tied, text_model
 from parallel.pipeline.caches import own_caches
 from parallel.pipeline.cut import check_stages, cut_model
 from parallel.pipeline.schedule import plan_actions
@@ -94,7 +94,7 @@ class PipelineParallel(Wrapper):
         if not stage.passage.is_last:
             stage.send(result)
         logits = stage.share_logits(result if stage.passage.is_last else None, inputs.shape)
-        return without_gradient(logits, [p for _, p in tree_flatten(self.trainable_parameters())], "A pipeline has no gradient through model(tokens); train with parallel.value_and_grad.")
+        return without_gradient(logits, [p for _, p in named_arrays(self.trainable_parameters())], "A pipeline has no gradient through model(tokens); train with parallel.value_and_grad.")
 
     def make_cache(self) -> list[Any]:
         """Key-value caches for generation: real ones for this stage's layers, stand-ins for the others."""
@@ -129,8 +129,8 @@ def bubble_pct(model: nn.Module) -> float:
     Theory, for balanced stages: (stages - 1) / (micro-batches + stages - 1).
     """
     stage: Stage = model.stage
-    busy = stage.group.all_sum(mx.array(stage.busy_seconds)).item() / stage.group.size
-    return 100.0 * (1.0 - busy / stage.group.all_max(mx.array(stage.step_seconds)).item())
+    busy = number(stage.group.all_sum(mx.array(stage.busy_seconds))) / stage.group.size
+    return 100.0 * (1.0 - busy / number(stage.group.all_max(mx.array(stage.step_seconds))))
 
 
 def _check_backend(group: comm.Group) -> None:
@@ -143,9 +143,8 @@ def _check_backend(group: comm.Group) -> None:
 
 def _shared_names(model: nn.Module) -> list[str]:
     """Names of the parameters that the whole model uses both to embed and as its head."""
-    head = output_head(model)
-    if not head.tied:
+    if not is_tied(model):
         return []
     module = text_model(model).model.embed_tokens
     path = next(path for path, other in model.named_modules() if other is module)
-    return [f"{path}.{name}" for name, _ in tree_flatten(module.parameters())]
+    return [f"{path}.{name}" for name, _ in named_arrays(module.parameters())]

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 import comm
+from comm.typed import integers, named_arrays
 from parallel.lm_head import output_head, text_model
 
 
@@ -74,8 +74,10 @@ def choose_split(
     if split == "memory":
         core = text_model(model).model
         layers = [_num_bytes(layer) for layer in core.layers]
-        head = output_head(model).module
-        return memory_split(layers, _num_bytes(core.embed_tokens), _num_bytes(head), _memory_of_stages(group, peers))
+        head = output_head(model)
+        last = _num_bytes(head.module) if head is not None and head.module is not None else 0
+        return memory_split(layers, _num_bytes(core.embed_tokens), last, _memory_of_stages(group, peers))
+    assert not isinstance(split, str), "checked above"
     return list(split)
 
 
@@ -105,7 +107,7 @@ def _memory_of_stages(group: comm.Group, peers: Sequence[comm.Group]) -> list[in
     mebibytes = mx.array(machine_bytes() // hosts.count(hosts[group.rank]) // 2**20, dtype=mx.int32)
     for peer in peers:
         mebibytes = peer.all_min(mebibytes)
-    return [n * 2**20 for n in group.all_gather(mebibytes).tolist()]
+    return [n * 2**20 for n in integers(group.all_gather(mebibytes))]
 
 
 def machine_bytes() -> int:
@@ -117,4 +119,4 @@ def machine_bytes() -> int:
 
 
 def _num_bytes(module: nn.Module) -> int:
-    return sum(array.nbytes for _, array in tree_flatten(module.parameters()))
+    return sum(array.nbytes for _, array in named_arrays(module.parameters()))

@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 import comm
+from comm.typed import integers
 from parallel.api import Batch, LossFn
 
 DTYPES = (mx.float32, mx.bfloat16, mx.float16)
@@ -120,10 +121,10 @@ class Stage:
             return None
         source = self.group.rank - 1
         if self._incoming is None:
-            dims, dtype = self.group.recv((2,), mx.int32, source).tolist()
+            dims, dtype = integers(self.group.recv((2,), mx.int32, source))
             self._incoming = dims, DTYPES[dtype]
-        dims, dtype = self._incoming
-        hidden = self.group.recv((*shape, dims), dtype, source)
+        width, kind = self._incoming
+        hidden = self.group.recv((*shape, width), kind, source)
         mx.eval(hidden)
         return hidden
 

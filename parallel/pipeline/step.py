@@ -8,12 +8,13 @@ is computed twice.
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_map, tree_unflatten
 
+from comm.typed import named_arrays
 from parallel.api import Batch, LossFn
 from parallel.phases import Trace
 from parallel.pipeline.schedule import plan_actions
@@ -31,7 +32,7 @@ class PipelineStep:
         self.model, self.loss_fn, self.micro_batches = model, loss_fn, micro_batches
         self.stage: Stage = model.stage
         self.phases = parallel_state(model).phases
-        self.parameters = tree_flatten(model.trainable_parameters())
+        self.parameters = named_arrays(model.trainable_parameters())
         self.incoming: dict[int, mx.array | None] = {}
         self.outgoing: dict[int, mx.array] = {}
         self.gradients: dict[int, mx.array] = {}
@@ -66,10 +67,11 @@ class PipelineStep:
         self.phases.evaluate_forward(pending.trace, pending.result)
         self._computed(started)
         if self.stage.passage.is_last:
+            assert pending.result is not None and pending.weight is not None, "the last stage has the loss"
             self.loss, self.weight = self.loss + pending.result, self.weight + pending.weight.astype(mx.float32)
             mx.eval(self.loss, self.weight)
         else:
-            self.outgoing[i] = pending.result
+            self.outgoing[i] = cast(mx.array, pending.result)
         pending.result = None
         self.pending[i] = pending
 
@@ -115,7 +117,7 @@ class PipelineStep:
             if stage.passage.is_last:
                 result, weight = result
                 weights.append(weight)
-            self.phases.trace.in_backward = True
+            self.phases.enter_backward()
             return [result]
 
         # What a trace leaves in the model belongs to that trace.
@@ -152,7 +154,7 @@ class _Pending:
     """A micro-batch between its two passes."""
 
     def __init__(
-        self, trace: Trace, result: mx.array, grads: list[mx.array], cotangent: mx.array, weight: mx.array | None
+        self, trace: Trace, result: mx.array | None, grads: list[mx.array], cotangent: mx.array, weight: mx.array | None
     ):
         self.trace, self.result, self.grads = trace, result, grads
         self.cotangent, self.weight = cotangent, weight

@@ -110,7 +110,7 @@ class SlicedLinear(SlicedModule):
         from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
 
         if hasattr(type(self), "num_experts"):
-            lora = LoRASwitchLinear(self.input_dims, self.output_dims, self.num_experts, r, dropout, scale)
+            lora: nn.Module = LoRASwitchLinear(self.input_dims, self.output_dims, self.num_experts, r, dropout, scale)
         else:
             lora = LoRALinear(self.input_dims, self.output_dims, r, dropout, scale)
         lora.linear = self
@@ -160,7 +160,8 @@ class ShardedToAllLinear(SlicedLinear):
             if "m" in self:
                 y = self._dora(x)
             else:
-                y = super(ShardedToAllLinear, without_bias(self)).__call__(x, *args, **kwargs)
+                without: Any = without_bias(self)
+                y = super(ShardedToAllLinear, without).__call__(x, *args, **kwargs)
             if sharding.leaves:
                 y = comm.sum_over_group(y, sharding.group)
         return y + base["bias"] if "bias" in base else y

@@ -8,6 +8,7 @@ in one message of float32.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -60,11 +61,12 @@ def _copy(arrays: list[mx.array], splits: list[Split | None], group: comm.Group)
             for pieces, c, split in zip(summed, cotangents, splits)
         )
 
-    return copy(*arrays)
+    return cast("list[mx.array]", copy(*arrays))
 
 
 def _cut(message: mx.array, shapes: list[list[tuple[int, ...]]]) -> list[list[mx.array]]:
-    start, parts = 0, []
+    start = 0
+    parts: list[list[mx.array]] = []
     for group in shapes:
         parts.append([])
         for shape in group:

@@ -12,8 +12,8 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
+from comm.typed import named_arrays
 from parallel.architectures import ARCHITECTURES, BlockPlan, Cut, ModelPlan
 from parallel.layout import Segment
 from parallel.tensor.linear import linear_dims
@@ -112,9 +112,10 @@ def check_plan(model: nn.Module, plan: ModelPlan, size: int) -> None:
 
 def child_at(module: nn.Module, path: str) -> Any:
     """The child (module, array or attribute) at a dotted path below `module`, or None."""
+    found: Any = module
     for name in path.split("."):
-        module = module.get(name) if isinstance(module, dict) else None
-    return module
+        found = found.get(name) if isinstance(found, dict) else None
+    return found
 
 
 def _problems(model: nn.Module, plan: ModelPlan, blocks: list[BlockSite], size: int) -> list[str]:
@@ -141,7 +142,7 @@ def _block_problems(site: BlockSite, size: int) -> Iterator[str]:
 
 
 def _packing_problem(child: Any, cut: Cut, segment: Segment, size: int) -> str | None:
-    linear = child.get("linear", child) if isinstance(child, nn.Module) else {}
+    linear: Any = child.get("linear", child) if isinstance(child, nn.Module) else {}
     if cut.sharding != "sharded-to-all" or "scales" not in linear:
         return None
     if segment.size // size % linear.group_size:
@@ -162,7 +163,7 @@ def _divided_size(child: Any, cut: Cut) -> int:
 
 def _uncovered(site: BlockSite) -> Iterator[str]:
     known = (*site.plan.cuts, *site.plan.whole)
-    for name, _ in tree_flatten(site.module.parameters()):
+    for name, _ in named_arrays(site.module.parameters()):
         if not any(name == path or name.startswith(f"{path}.") for path in known):
             yield f"{site.path}.{name}"
 

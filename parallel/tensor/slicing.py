@@ -48,14 +48,15 @@ def slice_array(
     record_split(module, name, split)
 
 
-def as_segments(segments: int | Sequence[int] | Sequence[float] | Sequence[Segment], size: int) -> tuple[Segment, ...]:
+def as_segments(segments: int | Sequence[int | float] | Sequence[Segment], size: int) -> tuple[Segment, ...]:
     """`Segment`s of a dimension of `size` from MLX's ways to say them."""
     if isinstance(segments, int):
         bounds = [size * i // segments for i in range(1, segments)]
-    elif isinstance(segments[0], Segment):
-        return tuple(segments)
     else:
-        bounds = [int(s * size) if isinstance(s, float) else s for s in segments]
+        given = tuple(segment for segment in segments if isinstance(segment, Segment))
+        if given:
+            return given
+        bounds = [int(s * size) if isinstance(s, float) else s for s in segments if not isinstance(s, Segment)]
     edges = [0, *bounds, size]
     return tuple(Segment(last - first) for first, last in zip(edges, edges[1:]))
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 import comm
+from comm.typed import named_arrays
 from parallel.architectures import ModelPlan
 from parallel.extension import extend, take_back
 from parallel.layout import Segment, split_records
@@ -56,7 +56,7 @@ class TensorParallel(Wrapper):
         for site in find_blocks(self, plan):
             _shard_block(site, group)
         _shard_vocabulary(self, plan, group)
-        for _, array in tree_flatten(self.parameters()):
+        for _, array in named_arrays(self.parameters()):
             mx.eval(array)
 
 

@@ -47,7 +47,7 @@ class VocabularyEmbedding(SlicedModule):
 
     def local_logits(self, x: mx.array) -> mx.array:
         """`(..., D)` to the logits of this rank's slice `(..., V / ranks)`."""
-        return super().as_linear(comm.copy_to_group(x, self.vocabulary.group))
+        return super().as_linear(comm.copy_to_group(x, self.vocabulary.group))  # type: ignore[misc]  # the mixed-in class has it
 
     def to_lora(self, **options: Any) -> nn.Module:
         """Refused: an adapter's rows would have to be divided too.

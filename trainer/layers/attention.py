@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from comm import CustomFunction, custom_function
 from trainer.layers.elementwise import exp
 
 # Scores of one block of queries, in numbers, over all rows and heads.
@@ -125,10 +126,10 @@ class _Blocks:
     size: int
     keep: bool
 
-    def attention(self) -> mx.custom_function:
+    def attention(self) -> CustomFunction:
         """Function of (queries, keys, values) giving (outputs, logarithms of softmax sums, kept powers...)."""
 
-        @mx.custom_function
+        @custom_function
         def run(queries: mx.array, keys: mx.array, values: mx.array) -> tuple[mx.array, ...]:
             return self._forward(queries, keys, values)
 
@@ -157,7 +158,8 @@ class _Blocks:
         return (query @ key.swapaxes(-1, -2)).astype(mx.float32) * self.scale + bias
 
     def _forward(self, queries: mx.array, keys: mx.array, values: mx.array) -> tuple[mx.array, ...]:
-        outputs, log_sums, kept = [], [], []
+        outputs: list[mx.array] = []
+        log_sums, kept = [], []
         for rows, columns in self._spans(queries.shape[3]):
             query = self._fold(queries, rows)
             if outputs:
@@ -188,12 +190,12 @@ class _Blocks:
         kept: list[mx.array],
     ) -> tuple[mx.array, mx.array, mx.array]:
         """Gradients of queries, keys and values; with ``kept`` powers, ``log_sums`` holds their plain sums."""
-        d_queries = []
+        d_blocks: list[mx.array] = []
         d_keys, d_values = mx.zeros(keys.shape, mx.float32), mx.zeros(values.shape, mx.float32)
         for i, (rows, columns) in enumerate(self._spans(queries.shape[3])):
             query, d_output, sums = (self._fold(x, rows) for x in (queries, d_outputs, log_sums))
-            if d_queries:
-                query = mx.depends([query], [d_queries[-1], d_keys, d_values])[0]
+            if d_blocks:
+                query = mx.depends([query], [d_blocks[-1], d_keys, d_values])[0]
             d_output = d_output.astype(mx.float32)
             if self.keep:
                 weights = kept[i]
@@ -204,8 +206,8 @@ class _Blocks:
             d_output = d_output.astype(values.dtype)
             d_scores = weights * (d_output @ values[:, :, columns].swapaxes(-1, -2) - towards)
             d_scores, weights = d_scores.astype(keys.dtype), weights.astype(keys.dtype)
-            d_queries.append((d_scores @ keys[:, :, columns]) * self.scale)
+            d_blocks.append((d_scores @ keys[:, :, columns]) * self.scale)
             d_keys = d_keys.at[:, :, columns].add(d_scores.swapaxes(-1, -2) @ (query * self.scale))
             d_values = d_values.at[:, :, columns].add(weights.swapaxes(-1, -2) @ d_output)
-        d_queries = mx.concatenate([self._unfold(x) for x in d_queries], axis=3)
+        d_queries = mx.concatenate([self._unfold(x) for x in d_blocks], axis=3)
         return d_queries.astype(queries.dtype), d_keys.astype(keys.dtype), d_values.astype(values.dtype)

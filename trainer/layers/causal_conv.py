@@ -6,6 +6,8 @@ convolution on CPUs, forward and backward.
 
 import mlx.core as mx
 
+from comm import custom_function
+
 
 def causal_conv(
     x: mx.array, weight: mx.array, bias: mx.array | None = None, segments: mx.array | None = None
@@ -25,10 +27,11 @@ def causal_conv(
     taps = weight.shape[1]
     inside = None if segments is None else _same_document(segments, taps, x.dtype)
 
-    @mx.custom_function
+    @custom_function
     def run(x: mx.array, weight: mx.array) -> mx.array:
         num_tokens = x.shape[1] - taps + 1
-        return sum(_kept(x[:, k : k + num_tokens], inside, k) * weight[:, k, 0] for k in range(taps))
+        read = [_kept(x[:, k : k + num_tokens], inside, k) * weight[:, k, 0] for k in range(taps)]
+        return sum(read[1:], read[0])
 
     @run.vjp
     def run_vjp(primals, dy, outputs):
@@ -39,7 +42,8 @@ def causal_conv(
         d_x, d_weight = 0, []
         for k in range(taps):
             went_to = slice(reach - k, reach - k + num_tokens + reach)
-            mask = None if inside is None or inside[k] is None else mx.pad(inside[k], [(0, 0), (k, reach - k), (0, 0)])
+            own = None if inside is None else inside[k]
+            mask = None if own is None else mx.pad(own, [(0, 0), (k, reach - k), (0, 0)])
             d_tap = padded[:, went_to] * weight[:, k, 0]
             d_x = d_x + (d_tap if mask is None else d_tap * mask)
             d_weight.append((_kept(dy, inside, k) * x[:, k : k + num_tokens]).astype(mx.float32).sum(axis=(0, 1)))
@@ -62,4 +66,5 @@ def _same_document(segments: mx.array, taps: int, dtype: mx.Dtype) -> list[mx.ar
 
 
 def _kept(x: mx.array, inside: list[mx.array | None] | None, tap: int) -> mx.array:
-    return x if inside is None or inside[tap] is None else x * inside[tap]
+    own = None if inside is None else inside[tap]
+    return x if own is None else x * own

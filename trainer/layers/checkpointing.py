@@ -11,8 +11,9 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 
+import comm
 from parallel import overridden_class, slots_of, swapped
 
 
@@ -43,9 +44,9 @@ def _checkpointed(cls: type) -> type:
     def call(self, *args: Any, **kwargs: Any) -> Any:
         if not self.training:
             return cls.__call__(self, *args, **kwargs)
-        parameters = tree_flatten(self.trainable_parameters())
+        parameters = comm.named_arrays(self.trainable_parameters())
         names = [name for name, _ in parameters]
-        given = [leaf for _, leaf in tree_flatten((args, kwargs)) if isinstance(leaf, mx.array)]
+        given = [leaf for _, leaf in comm.named_arrays((args, kwargs)) if isinstance(leaf, mx.array)]
 
         def inside(weights: list[mx.array], given: list[mx.array]) -> Any:
             left = iter(given)

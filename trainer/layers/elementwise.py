@@ -9,6 +9,8 @@ from functools import partial
 
 import mlx.core as mx
 
+from comm import CustomFunction, custom_function
+
 
 def exp(x: mx.array) -> mx.array:
     """e to the ``x``, for use inside custom functions (whose gradient is written by hand)."""
@@ -68,8 +70,8 @@ def _swiglu_backward(gate: mx.array, x: mx.array, opened: mx.array, dy: mx.array
 
 
 # Made anew for each call, as all custom functions here: then who looks at graphs can put others in their place.
-def _silu() -> mx.custom_function:
-    @mx.custom_function
+def _silu() -> CustomFunction:
+    @custom_function
     def run(x: mx.array) -> tuple[mx.array, mx.array]:
         return _silu_forward(x)
 
@@ -80,8 +82,8 @@ def _silu() -> mx.custom_function:
     return run
 
 
-def _swiglu() -> mx.custom_function:
-    @mx.custom_function
+def _swiglu() -> CustomFunction:
+    @custom_function
     def run(gate: mx.array, x: mx.array) -> tuple[mx.array, mx.array]:
         return _swiglu_forward(gate, x)
 

@@ -14,6 +14,7 @@ Shapes: B batch, T tokens, Hk key heads, Hv value heads (a multiple of Hk), Dk a
 import mlx.core as mx
 import mlx.nn as nn
 
+from comm import custom_function
 from trainer.layers.decay import ChannelDecay, Chunks, ScalarDecay, unit_lower_inverse
 
 
@@ -160,18 +161,19 @@ def _recurrence(
 ) -> tuple[mx.array, mx.array]:
     """All chunks: y (B, Hk, R, N, C, Dv) and the last state (B, Hk, R, Dk, Dv)."""
 
-    @mx.custom_function
-    def run(q, k, v, log_gate, beta, state):
+    @custom_function
+    def run(*arrays: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        q, k, v, log_gate, beta, state = arrays
         q, k, v = _contiguous(q, k, v)
         chunks = _decay(q, k, log_gate, keep).chunks()
         writes, reads, _ = _writes(chunks, v, beta)
-        states, values = [], []
+        before, written = [], []
         for i in range(v.shape[3]):
             value = mx.addmm(writes[:, :, :, i], reads[:, :, :, i], state, alpha=-1.0)
-            states.append(state)
-            values.append(value)
+            before.append(state)
+            written.append(value)
             state = mx.addmm(chunks.last[:, :, :, i] * state, _transpose(chunks.k_out[:, :, :, i]), value)
-        states, values = mx.stack(states, axis=3), mx.stack(values, axis=3)
+        states, values = mx.stack(before, axis=3), mx.stack(written, axis=3)
         return mx.addmm(chunks.q_in @ states, chunks.query_key, values), state, states
 
     @run.vjp
@@ -212,14 +214,14 @@ def _gradients(
     # The recurrence backwards: only the gradient of the state passes from chunk to chunk.
     from_outputs = _transpose(chunks.query_key) @ dy
     from_reads = _transpose(chunks.q_in) @ dy
-    d_ends, d_values = [], []
+    ends, towards = [], []
     for i in reversed(range(v.shape[3])):
-        d_ends.append(d_state)
+        ends.append(d_state)
         d_value = mx.addmm(from_outputs[:, :, :, i], chunks.k_out[:, :, :, i], d_state)
-        d_values.append(d_value)
+        towards.append(d_value)
         passed_on = chunks.last[:, :, :, i] * d_state + from_reads[:, :, :, i]
         d_state = mx.addmm(passed_on, _transpose(reads[:, :, :, i]), d_value, alpha=-1.0)
-    d_ends, d_values = mx.stack(d_ends[::-1], axis=3), mx.stack(d_values[::-1], axis=3)
+    d_ends, d_values = mx.stack(ends[::-1], axis=3), mx.stack(towards[::-1], axis=3)
 
     # With X = beta (v - k_in S) and values = inverse X: dX = inverse^T d_values, and the system's gradient is -dX
     # values^T.

@@ -6,8 +6,8 @@ Letters: B rows of a batch, L tokens, D hidden dims, V vocabulary (this rank's p
 import math
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
+import comm
 from parallel import Head, slots_of, swapped
 
 # Logits of one chunk, in numbers, and its fewest rows: with less, reading the head's weights takes longer than
@@ -25,7 +25,7 @@ def rows_to_keep(weights: mx.array, max_targets: int | None) -> int:
     """At least as many as there are True entries, and few different numbers."""
     total = weights.size
     try:
-        max_targets = mx.sum(weights, stream=mx.cpu).item()
+        max_targets = int(comm.number(mx.sum(weights, stream=mx.cpu)))
     except ValueError:  # inside mx.compile
         max_targets = total if max_targets is None else max_targets
     step = max(64, math.ceil(total / 8 / 64) * 64)
@@ -38,11 +38,11 @@ class Projection:
     def __init__(self, head: Head) -> None:
         self.head = head
         module = head.module
-        self.trainable = [] if module is None else tree_flatten(module.trainable_parameters())
+        self.trainable = [] if module is None else comm.named_arrays(module.trainable_parameters())
 
     def __call__(self, rows: mx.array, arrays: list[mx.array] | None = None) -> mx.array:
         """Logits of this rank's slice of the vocabulary, float32."""
         head = self.head
-        slots = slots_of(head.module, [name for name, _ in self.trainable]) if arrays else []
+        slots = slots_of(head.module, [name for name, _ in self.trainable]) if arrays and head.module is not None else []
         with swapped(slots, arrays or []):
             return head.capped(head.projected(rows).astype(mx.float32))

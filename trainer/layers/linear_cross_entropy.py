@@ -12,6 +12,7 @@ from collections.abc import Callable
 import mlx.core as mx
 
 import comm
+from comm import custom_function
 from parallel import Head
 from trainer.layers.elementwise import exp
 from trainer.layers.head_chunks import Projection, chunk_rows, rows_to_keep
@@ -70,7 +71,7 @@ def _loss_and_gradients(
             return _nll(logits, targets[piece], weights[piece], head)[0]
         return _nll_with_gradient(logits, targets[piece], weights[piece], head)
 
-    @mx.custom_function
+    @custom_function
     def run(rows: mx.array, *arrays: mx.array) -> tuple[mx.array, ...]:
         losses, row_grads, sums, before = [], [], None, None
         for start in range(0, rows.shape[0], chunk):
@@ -122,7 +123,7 @@ def _nll_with_gradient(logits: mx.array, targets: mx.array, weights: mx.array, h
     1 here).
     """
 
-    @mx.custom_function
+    @custom_function
     def run(logits: mx.array) -> tuple[mx.array, mx.array]:
         return _nll(logits, targets, weights, head)
 

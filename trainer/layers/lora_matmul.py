@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tuner.lora import LoRALinear
 
+from comm import CustomFunction, custom_function
 from parallel import overridden_class
 
 
@@ -85,10 +86,10 @@ def _low_rank_gradients(
     return d_low, d_a.astype(lora_a.dtype), d_b.astype(lora_b.dtype)
 
 
-def _joint(base: nn.Module, scale: float) -> mx.custom_function:
+def _joint(base: nn.Module, scale: float) -> CustomFunction:
     """Function of (rows, A, B); the frozen base enters both passes without being differentiated."""
 
-    @mx.custom_function
+    @custom_function
     def run(rows: mx.array, lora_a: mx.array, lora_b: mx.array) -> mx.array:
         return mx.addmm(_times(rows, base, True), _low_rank(rows, lora_a, scale), lora_b.astype(rows.dtype))
 
@@ -101,10 +102,10 @@ def _joint(base: nn.Module, scale: float) -> mx.custom_function:
     return run
 
 
-def _update(scale: float) -> mx.custom_function:
+def _update(scale: float) -> CustomFunction:
     """Function of (base's output, rows, A, B) for any other base, and with dropout."""
 
-    @mx.custom_function
+    @custom_function
     def run(y: mx.array, rows: mx.array, lora_a: mx.array, lora_b: mx.array) -> tuple[mx.array]:
         return (mx.addmm(y, _low_rank(rows, lora_a, scale).astype(y.dtype), lora_b.astype(y.dtype)),)
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
+from comm import custom_function
 from parallel import Head
 from trainer.layers.elementwise import exp
 from trainer.layers.head_chunks import Projection, chunk_rows, rows_to_keep
@@ -65,7 +66,7 @@ def _log_probs(head: Head, ids: mx.array, chunk: int, with_gradients: bool) -> C
     def of_chunk(start: int) -> Callable[..., mx.array]:
         return lambda piece, *arrays: _of_logits(projection(piece, list(arrays)), ids[start : start + chunk], head)
 
-    @mx.custom_function
+    @custom_function
     def run(rows: mx.array, *arrays: mx.array) -> tuple[mx.array, ...]:
         values, row_grads, before = [], [], None
         for start, piece in _pieces(rows, chunk):
@@ -115,7 +116,7 @@ def _of_logits(logits: mx.array, ids: mx.array, head: Head) -> mx.array:
     is_here = (local >= 0) & (local < logits.shape[-1])
     local = mx.where(is_here, local, 0)
 
-    @mx.custom_function
+    @custom_function
     def run(logits: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         largest = head.group.all_max(logits.max(axis=-1, keepdims=True))
         powers = exp(logits - largest)

@@ -12,8 +12,9 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
+import comm
 from trainer.files.storage import read_json
 from trainer.files.tensor_files import read_tensor_file
 from trainer.model.lora import LoRASpec, is_adapter
@@ -92,7 +93,7 @@ def load_into(model: nn.Module, adapter: Adapter) -> None:
     Raises:
         ValueError: tensors are missing, unexpected or of another shape; names all.
     """
-    own = {n: p for n, p in tree_flatten(model.parameters()) if is_adapter(n)}
+    own = {n: p for n, p in comm.named_arrays(model.parameters()) if is_adapter(n)}
     shapes = {name: list(value.shape) for name, value in adapter.tensors.items()}
     if wrong := misfits(shapes, {name: list(value.shape) for name, value in own.items()}, own):
         raise ValueError(f"lora.init_from does not fit this model: {wrong}.")

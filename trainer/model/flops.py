@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+
+import comm
 
 # Apple's GPUs: cores of the largest variant and clock in GHz. A core has 128 lanes, each doing one fused multiply-add
 # per cycle (github.com/philipturner/metal-benchmarks, which also has the clocks of the M1 family); clocks of M2 and
@@ -106,7 +107,7 @@ def token_flops(model: nn.Module, context: int) -> TokenFlops:
     backward; a causal convolution of K taps 2 K per channel. Embedding look-ups cost nothing, the output head 2 D
     V. Layers before the first trained one need no backward pass.
     """
-    trained = tree_flatten(model.trainable_parameters())
+    trained = comm.named_arrays(model.trainable_parameters())
     first_trained = min((_layer_index(name) for name, _ in trained), default=NO_LAYER)
     forward = backward = 0.0
     for path, module in model.named_modules():

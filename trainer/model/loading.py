@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
+from mlx.utils import tree_map_with_path, tree_unflatten
 from mlx_lm import load
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import (
@@ -20,6 +20,7 @@ from mlx_lm.utils import (
     quantize_model,
 )
 
+import comm
 from trainer.data import build_tokenizer
 from trainer.files.storage import read_json
 from trainer.model.architectures import architecture
@@ -100,7 +101,7 @@ def source_folder(config: ModelConfig) -> Path | None:
 
 def materialize(model: nn.Module) -> None:
     """Evaluate the parameters one by one: the peak is the model and the largest tensor's source."""
-    for _, value in tree_flatten(model.parameters()):
+    for _, value in comm.named_arrays(model.parameters()):
         mx.eval(value)
 
 
@@ -136,7 +137,7 @@ def _random_model(config: dict[str, Any], vocab_size: int, seed: int) -> BaseMod
     except Exception as error:  # other packages read the user's files here, and fail in many ways
         raise ValueError(f"model.config does not describe a {config['model_type']} model: {error}") from error
     spread = target.get("initializer_range", DEFAULT_INITIALIZER_RANGE)
-    matrices = [(n, p) for n, p in tree_flatten(model.parameters()) if p.ndim == 2]
+    matrices = [(n, p) for n, p in comm.named_arrays(model.parameters()) if p.ndim == 2]
     keys = mx.random.split(mx.random.key(seed), len(matrices))
     drawn = [(n, spread * mx.random.normal(p.shape, key=key)) for (n, p), key in zip(matrices, keys)]
     model.update(tree_unflatten(drawn))

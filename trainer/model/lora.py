@@ -61,7 +61,7 @@ class RowDropout(nn.Module):
     def __init__(self, p: float, keys: DropoutKeys, name: str):
         super().__init__()
         self.p = p
-        self.keys = keys
+        self.batch_keys = keys
         self.salt = zlib.crc32(name.encode())
 
     def _extra_repr(self) -> str:
@@ -69,7 +69,7 @@ class RowDropout(nn.Module):
 
     def mask(self, shape: tuple[int, ...]) -> mx.array:
         """Boolean keep-mask for an input of `shape` `(B, ...)`."""
-        keys = self.keys.current
+        keys = self.batch_keys.current
         assert keys is not None and keys.shape[0] == shape[0], f"dropout keys are not set for a batch of {shape[0]}"
         salted = keys ^ mx.array([self.salt, self.salt ^ 0x9E3779B9], dtype=mx.uint32)
         return mx.vmap(lambda key: mx.random.bernoulli(1.0 - self.p, shape[1:], key=key))(salted)

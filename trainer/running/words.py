@@ -5,6 +5,7 @@ from typing import Any
 
 import mlx.core as mx
 
+import comm
 from parallel import model_layout, parallel_state
 from trainer.build import Run
 from trainer.files.tensor_files import named_tensors
@@ -64,4 +65,4 @@ def num_elements(run: Run, tree: Any) -> int:
     }
     shapes = {n: layout[n].full_shape(p.shape) if n in layout else p.shape for n, p in named_tensors(tree)}
     own = sum(round(math.prod(shape) * per_word.get(n, 1)) for n, shape in shapes.items() if n not in repeated)
-    return int(run.mesh.pp.all_sum(mx.array(own, dtype=mx.int64)).item())
+    return int(comm.number(run.mesh.pp.all_sum(mx.array(own, dtype=mx.int64))))

@@ -97,7 +97,7 @@ class TrainingBatches:
         planned = self.plan[position]
         keys = row_keys(self.seed, step, self.share.global_batch_size)
         max_targets = self.bounds.of(planned)
-        micro_batches = []
+        micro_batches: list[dict[str, np.ndarray | int]] = []
         for index in range(self.share.accumulation):
             slots = self.share.slots(index)
             batch = collate(self.rows, planned, slots, self.pad_id)
@@ -114,10 +114,10 @@ class TrainingBatches:
     def steps(self, start: int, stop: int) -> Iterator[StepData]:
         """Inputs of the steps from `start` to `stop` (excluded), each made while the one before is in use."""
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as pool:
-            ahead = pool.submit(self.make, start) if start < stop else None
+            ahead = [pool.submit(self.make, start)] if start < stop else []
             for step in range(start, stop):
-                data = ahead.result()
-                ahead = pool.submit(self.make, step + 1) if step + 1 < stop else None
+                data = ahead.pop().result()
+                ahead = [pool.submit(self.make, step + 1)] if step + 1 < stop else []
                 yield data
 
 

@@ -160,17 +160,17 @@ class Loop:
         )
         clock.end("compute")
         rate = self.rate(progress.step)
-        if math.isfinite(loss.item()) and math.isfinite(norm.item()):
+        if math.isfinite(comm.number(loss)) and math.isfinite(comm.number(norm)):
             self.optimizer.update(self.model, grads, rate)
-            progress.window_loss += loss.item() * weight.item()
-            progress.window_tokens += weight.item()
+            progress.window_loss += comm.number(loss) * comm.number(weight)
+            progress.window_tokens += comm.number(weight)
         else:
             progress.skipped_steps += 1
         clock.end("optimizer", [self.model.trainable_parameters(), self.optimizer.state])
         progress.step += 1
         progress.num_tokens += data.num_tokens
         self.last_step = {f"time/{phase}_s": seconds for phase, seconds in clock.seconds.items()}
-        self.last_step |= {"train/grad_norm": norm.item(), "train/learning_rate": rate}
+        self.last_step |= {"train/grad_norm": comm.number(norm), "train/learning_rate": rate}
         if phases is None:
             self.usual_compute.append(clock.seconds["compute"])
         else:
@@ -217,5 +217,5 @@ class Loop:
         A signal outranks a checkpoint, which it brings anyway.
         """
         own = 2 * self.hooks.stop_signal() + self.hooks.checkpoint_wanted()
-        signal, checkpoint = divmod(int(self.world.all_max(mx.array(own, dtype=mx.int32)).item()), 2)
+        signal, checkpoint = divmod(int(comm.number(self.world.all_max(mx.array(own, dtype=mx.int32)))), 2)
         return Request(signal, bool(checkpoint))

@@ -30,7 +30,7 @@ class Progress:
     num_tokens: int = 0
     skipped_steps: int = 0
     window_loss: float = 0.0
-    window_tokens: int = 0
+    window_tokens: float = 0
     best_loss: float | None = None
     best_step: int | None = None
     bad_evals: int = 0
