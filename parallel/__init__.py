@@ -15,6 +15,7 @@ from parallel.lm_head import Head, hidden_and_head
 from parallel.norm import clip_grad_norm, global_norm
 from parallel.pipeline import PipelineParallel, bubble_pct
 from parallel.row_threads import RowThreads
+from parallel.swapping import slots_of, swapped
 from parallel.tensor import TensorParallel, cross_entropy, shard_linear
 from parallel.wrapper import Wrapper, parallel_state, unwrap
 
@@ -44,6 +45,8 @@ __all__ = [
     "parallel_state",
     "shard_linear",
     "slice_tensors",
+    "slots_of",
+    "swapped",
     "unwrap",
     "value_and_grad",
 ]

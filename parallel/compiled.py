@@ -10,6 +10,9 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from parallel.swapping import slots_of, swapped
 
 
 def compiled(model: nn.Module, loss_and_grad: Callable[[nn.Module, Any], Any]) -> Callable[[nn.Module, Any], Any]:
@@ -26,12 +29,9 @@ def compiled(model: nn.Module, loss_and_grad: Callable[[nn.Module, Any], Any]) -
     """
 
     def traced(parameters: Any, batch: Any) -> Any:
-        own = model.parameters()
-        model.update(parameters)
-        try:
+        named = tree_flatten(parameters)
+        with swapped(slots_of(model, [name for name, _ in named]), [array for _, array in named]):
             return loss_and_grad(model, batch)
-        finally:
-            model.update(own)
 
     function = mx.compile(traced)
     return lambda _, batch: function(model.parameters(), batch)

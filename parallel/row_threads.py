@@ -21,6 +21,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from parallel.extension import overridden_class
 from parallel.sums import add_sums
+from parallel.swapping import slots_of, swapped
 
 # Fewer make matrix products slower, more leave the caches (two cores, 8 layers of 384 dims).
 SLICE_TOKENS = 512
@@ -129,13 +130,11 @@ class RowThreads:
     ) -> tuple[list[Any], list[Any]]:
         """`total` with the sums of one slice added, lazy, and what the layers returned on the way."""
         with self._tracing:
-            own = model.parameters()
-            try:
+            own = tree_flatten(model.parameters())
+            # What a trace puts in their place belongs to this thread; after an error also that of frozen ones.
+            with swapped(slots_of(model, [name for name, _ in own]), [array for _, array in own]):
                 with _noted_outputs(getattr(model, "layers", [])) as outputs:
                     (loss, weight), grads = loss_and_grad(model, batch)
-            finally:
-                # What a trace puts in their place belongs to this thread; after an error also that of frozen ones.
-                model.update(own)
             return add_sums(total, [loss, weight, grads]), outputs
 
 

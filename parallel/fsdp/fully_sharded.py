@@ -21,6 +21,7 @@ from parallel.fsdp.shards import gather_messages, gathered_with_gradient, joined
 from parallel.layout import Segment, Split, model_layout, record_split, split_records
 from parallel.lm_head import text_model
 from parallel.phases import Phases, UnitCall
+from parallel.swapping import swapped
 from parallel.wrapper import Wrapper
 
 
@@ -144,13 +145,10 @@ def gathered(unit: nn.Module) -> Iterator[UnitCall]:
     again = _GatheredAgain(call, {key: local[key] for key in slots}, splits, info.group)
     for path, leaf in leaves:
         leaf.whole_again = again.arrays_of(path, leaf)
-    for key, (module, name, _) in slots.items():
-        module[name] = whole[key]
     try:
-        yield call
+        with swapped([(module, name) for module, name, _ in slots.values()], [whole[key] for key in slots]):
+            yield call
     finally:
-        for key, (module, name, _) in slots.items():
-            module[name] = local[key]
         for _, leaf in leaves:
             leaf.whole_again = None
 

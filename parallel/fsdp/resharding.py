@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from parallel.extension import extended_class
+from parallel.swapping import slots_of, swapped
 
 
 class ReshardedLeaf(nn.Module):
@@ -29,12 +30,8 @@ class ReshardedLeaf(nn.Module):
         trained = [n for n, value in self.items() if isinstance(value, mx.array) and n not in self._no_grad]
 
         def run(x: mx.array, *arrays: mx.array) -> mx.array:
-            seen = {name: self[name] for name in trained}
-            self.update(dict(zip(trained, arrays)))
-            try:
+            with swapped(slots_of(self, trained), arrays):
                 return call(x, *args, **kwargs)
-            finally:
-                self.update(seen)
 
         @mx.custom_function
         def forward(x: mx.array, *arrays: mx.array) -> mx.array:
@@ -45,14 +42,10 @@ class ReshardedLeaf(nn.Module):
             # Tensor parallelism may call a copy of the layer without its bias.
             whole = {name: value for name, value in again().items() if name in self}
             x = primals[0] if isinstance(primals, (list, tuple)) else primals
-            seen = {name: self[name] for name in whole}
-            self.update(whole)
-            try:
-                # An array that is not divided keeps the value of the first pass.
-                arrays = [whole.get(name, value) for name, value in zip(trained, primals[1:] if trained else [])]
+            # An array that is not divided keeps the value of the first pass.
+            arrays = [whole.get(name, value) for name, value in zip(trained, primals[1:] if trained else [])]
+            with swapped(slots_of(self, whole), whole.values()):
                 _, grads = mx.vjp(lambda *primals: [run(*primals)], [x, *arrays], [cotangent])
-            finally:
-                self.update(seen)
             return tuple(grads) if trained else grads[0]
 
         return forward(x, *[self[name] for name in trained])

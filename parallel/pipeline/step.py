@@ -19,6 +19,7 @@ from parallel.phases import Trace
 from parallel.pipeline.schedule import plan_actions
 from parallel.pipeline.stage import Stage
 from parallel.sums import add_sums
+from parallel.swapping import slots_of, swapped
 from parallel.wrapper import parallel_state
 
 
@@ -117,19 +118,16 @@ class PipelineStep:
             self.phases.trace.in_backward = True
             return [result]
 
-        try:
-            with self.phases.recording() as trace:
-                cotangent = self._cotangent(i, run, primals)
-                # A trace for the form alone is not to be evaluated.
-                trace.calls.clear()
-                trace.in_backward = False
-                if primals:
-                    (result,), grads = mx.vjp(run, primals, [cotangent])
-                else:
-                    (result,), grads = run(), []
-        finally:
-            # What the trace left in the model belongs to that trace.
-            model.update(tree_unflatten(self.parameters))
+        # What a trace leaves in the model belongs to that trace.
+        with swapped(slots_of(model, names), arrays), self.phases.recording() as trace:
+            cotangent = self._cotangent(i, run, primals)
+            # A trace for the form alone is not to be evaluated.
+            trace.calls.clear()
+            trace.in_backward = False
+            if primals:
+                (result,), grads = mx.vjp(run, primals, [cotangent])
+            else:
+                (result,), grads = run(), []
         return _Pending(trace, result, grads, cotangent, weights[-1] if weights else None)
 
     def _cotangent(self, i: int, run: Callable, primals: list[mx.array]) -> mx.array:

@@ -14,6 +14,7 @@ import mlx.nn as nn
 
 import comm
 from parallel.layout import Split, split_records
+from parallel.swapping import swapped
 
 Slot = tuple[nn.Module, str]
 
@@ -32,13 +33,8 @@ def copied_to_group(slots: Sequence[Slot], group: comm.Group) -> Iterator[None]:
         return
     originals = [module[name] for module, name in trained]
     splits = [_split_over(group, *slot) for slot in trained]
-    for (module, name), array in zip(trained, _copy(originals, splits, group)):
-        module[name] = array
-    try:
+    with swapped(trained, _copy(originals, splits, group)):
         yield
-    finally:
-        for (module, name), array in zip(trained, originals):
-            module[name] = array
 
 
 def _split_over(group: comm.Group, module: nn.Module, name: str) -> Split | None:

@@ -11,9 +11,9 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_map
 
-from parallel import overridden_class
+from parallel import overridden_class, slots_of, swapped
 
 
 def checkpoint_layers(layers: list[nn.Module], every: bool | int = True) -> None:
@@ -51,12 +51,9 @@ def _checkpointed(cls: type) -> type:
             left = iter(given)
             seen = tree_map(lambda leaf: next(left) if isinstance(leaf, mx.array) else leaf, (args, kwargs))
             before = _held(seen)
-            self.update(tree_unflatten(list(zip(names, weights))))
-            try:
+            # The arrays seen here belong to one trace; left in place they would keep its whole graph.
+            with swapped(slots_of(self, names), weights):
                 outputs = cls.__call__(self, *seen[0], **seen[1])
-            finally:
-                # The arrays seen here belong to one trace; left in place they would keep its whole graph.
-                self.update(tree_unflatten(parameters))
             if _held(seen) != before:
                 raise ValueError(
                     f"gradient_checkpointing: {cls.__module__}.{cls.__name__} changes an object that is passed to it, "

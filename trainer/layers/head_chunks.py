@@ -6,9 +6,9 @@ Letters: B rows of a batch, L tokens, D hidden dims, V vocabulary (this rank's p
 import math
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 
-from parallel import Head
+from parallel import Head, slots_of, swapped
 
 # Logits of one chunk, in numbers, and its fewest rows: with less, reading the head's weights takes longer than
 # multiplying.
@@ -42,11 +42,7 @@ class Projection:
 
     def __call__(self, rows: mx.array, arrays: list[mx.array] | None = None) -> mx.array:
         """Logits of this rank's slice of the vocabulary, float32."""
-        head, module = self.head, self.head.module
-        if arrays:
-            module.update(tree_unflatten([(name, x) for (name, _), x in zip(self.trainable, arrays)]))
-        try:
+        head = self.head
+        slots = slots_of(head.module, [name for name, _ in self.trainable]) if arrays else []
+        with swapped(slots, arrays or []):
             return head.capped(head.projected(rows).astype(mx.float32))
-        finally:
-            if arrays:
-                module.update(tree_unflatten(self.trainable))
