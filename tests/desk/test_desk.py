@@ -11,7 +11,7 @@ import pytest
 from machines import Desk, why_not
 
 from ranks import slowness
-from trainer.metrics.records import read_rows
+from trainer.metrics.records import read_records
 
 ROOT = Path(__file__).parents[2]
 JOB = str(ROOT / "tests" / "comm" / "workers" / "job.py")
@@ -108,7 +108,7 @@ def test_meshes_train_as_one_machine_does(make_desk: Callable[..., Desk], tmp_pa
     assert job.returncode == 0, output
     subprocess.run([sys.executable, "-m", *recipe, f"output_dir={tmp_path}/alone"], cwd=ROOT, check=True, timeout=300)
     losses = [
-        [row[key] for row in read_rows(tmp_path / name / "metrics.jsonl") for key in ("train/loss", "eval/loss") if key in row]
+        [row[key] for row in read_records(tmp_path / name / "metrics.jsonl") for key in ("train/loss", "eval/loss") if key in row]
         for name in ("desk", "alone")
     ]
     assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], rel=1e-5)

@@ -15,7 +15,7 @@ from typing import Any
 from trainer.build import Run
 from trainer.files.storage import atomic_file, digest_of, read_json, write_json
 from trainer.machine.facts import machine_facts
-from trainer.metrics.records import Row, Sample
+from trainer.metrics.records import Record, Sample
 
 BASELINE_FILE = "baseline.json"
 
@@ -67,7 +67,7 @@ def write_baseline(output_dir: Path, facts: dict[str, Any], tokens_per_sec: floa
 
 
 class BaselineSink:
-    """Records the median tokens per second of a run on one device; the first row, which warms up, is left out.
+    """Records the median tokens per second of a run on one device; the first record, which warms up, is left out.
 
     Args:
         output_dir: The run's output folder.
@@ -78,9 +78,9 @@ class BaselineSink:
         self.output_dir, self.facts = output_dir, facts
         self.speeds: list[float] = []
 
-    def log(self, row: Row) -> None:
-        if "throughput/tokens_per_sec" in row:
-            self.speeds.append(row["throughput/tokens_per_sec"])
+    def log(self, record: Record) -> None:
+        if "throughput/tokens_per_sec" in record:
+            self.speeds.append(record["throughput/tokens_per_sec"])
 
     def samples(self, step: int, samples: Sequence[Sample]) -> None:
         """Answers are no speed."""

@@ -35,21 +35,21 @@ def measure_trainer(recipe: Recipe, warmup: int, steps: int) -> Measurement | No
     world = comm.init(recipe.parallel.backend if isinstance(recipe.parallel.backend, str) else "any")
     run = build(recipe, world, lambda line: print(line, file=sys.stderr))
     mx.reset_peak_memory()
-    rows: list[dict[str, float]] = []
-    due, hooks = Due(log=1, evaluate=0, checkpoint=0), Hooks(log=rows.append)
+    records: list[dict[str, float]] = []
+    due, hooks = Due(log=1, evaluate=0, checkpoint=0), Hooks(log=records.append)
     loop = run.loop(due, hooks, lambda step: recipe.optimizer.lr, StopRules(), total_steps=warmup + steps)
     loop.run(Progress())
-    timed = rows[warmup:]
+    timed = records[warmup:]
     if world.rank:
         return None
-    mean = lambda name: float(np.mean([row[name] for row in timed]))  # noqa: E731
-    seconds = sum(row["time/step_s"] for row in timed)
+    mean = lambda name: float(np.mean([record[name] for record in timed]))  # noqa: E731
+    seconds = sum(record["time/step_s"] for record in timed)
     return Measurement(
         side=SIDES[0],
-        tokens_per_sec=sum(row["throughput/tokens_per_sec"] * row["time/step_s"] for row in timed) / seconds,
+        tokens_per_sec=sum(record["throughput/tokens_per_sec"] * record["time/step_s"] for record in timed) / seconds,
         step_s=seconds / len(timed),
         padding_pct=mean("throughput/padding_pct"),
-        peak_gib=max(row["memory/peak_gib"] for row in timed),
+        peak_gib=max(record["memory/peak_gib"] for record in timed),
         loss=mean("train/loss"),
         data_s=mean("time/data_s"),
         compute_s=mean("time/compute_s"),

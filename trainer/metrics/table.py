@@ -1,7 +1,8 @@
 """The one table of a run's numbers: what each is called, and where and how it is shown.
 
 A new metric is one more row of `METRICS`; `Metrics.log` takes its key, and reports, the W&B workspace, the terminal, the
-summary and the model card show it as its row says. A number that a run cannot measure is left out of the row, never 0.
+summary and the model card show it as that row says. A number that a run cannot measure is left out of the record, never
+0.
 """
 
 from collections.abc import Callable, Sequence
@@ -48,7 +49,7 @@ class Metric:
         chart: Title of its chart in a report, with the unit; "" where it has none of its own.
         log_scale: Values spread over orders of magnitude, and are drawn so where they do.
         better: `min` or `max` where one value is better than another and the best is kept, else None.
-        words: Format of its value in the terminal, for a row of training or of an evaluation; "" = not shown.
+        words: Format of its value in the terminal, for a record of training or of an evaluation; "" = not shown.
         columns: Narrowest terminal that has room for it beside the progress bar.
         figure: Its line in a report's table, or None.
         in_card: The model card tells its last value.

@@ -1,6 +1,6 @@
 """What a person sees while a run goes: a progress bar on a terminal, plain lines in a file or a pipe.
 
-Training rows move the bar; evaluations, held-out generations and messages stay on the screen above it.
+Training records move the bar; evaluations, held-out generations and messages stay on the screen above it.
 """
 
 import sys
@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Column
 from rich.text import Text
 
-from trainer.metrics.records import Row, Sample
+from trainer.metrics.records import Record, Sample
 from trainer.metrics.streams import harmless, turn_off_stdout
 from trainer.metrics.table import METRICS, STEP_KEY
 
@@ -66,15 +66,15 @@ class TerminalSink:
             self._progress = self._make_progress()
             self._progress.start()
 
-    def log(self, row: Row) -> None:
-        step = int(row[STEP_KEY])
-        words = _words(row, self._train_words)
+    def log(self, record: Record) -> None:
+        step = int(record[STEP_KEY])
+        words = _words(record, self._train_words)
         if words:
-            self._words = _words(row, self._bar_words)
+            self._words = _words(record, self._bar_words)
             self.advance(step)
             if self._progress is None:
                 self._print(f"step {step}/{self.total_steps}  {words}  {self._eta(step)}".rstrip())
-        if evaluated := _words(row, self._eval_words):
+        if evaluated := _words(record, self._eval_words):
             self._print(f"step {step}/{self.total_steps}  {evaluated}", style="bold")
 
     def samples(self, step: int, samples: Sequence[Sample]) -> None:
@@ -157,6 +157,6 @@ def _one_line(text: str | None) -> str:
     return harmless(" ".join((text or "").split()))
 
 
-def _words(row: Row, words: dict[str, str]) -> str:
-    hidden = {"train/skipped_steps"} if not row.get("train/skipped_steps") else set()
-    return "  ".join(form.format(row[key]) for key, form in words.items() if key in row and key not in hidden)
+def _words(record: Record, words: dict[str, str]) -> str:
+    hidden = {"train/skipped_steps"} if not record.get("train/skipped_steps") else set()
+    return "  ".join(form.format(record[key]) for key, form in words.items() if key in record and key not in hidden)

@@ -16,7 +16,7 @@ from trainer.machine.limits import GIB
 
 
 class Throughput:
-    """Counts the work between two log rows.
+    """Counts the work between two log records.
 
     Args:
         num_devices: Ranks of the run.

@@ -1,7 +1,7 @@
-"""Rows to Weights & Biases without ever waiting for it.
+"""Records to Weights & Biases without ever waiting for it.
 
 W&B runs in a process of its own (`wandb_worker.py`) that is fed through a bounded queue and a pipe. A slow network, a
-hung or dead W&B cost the run nothing but rows that W&B does not get: `metrics.jsonl` has them all. The worker's own
+hung or dead W&B cost the run nothing but records that W&B does not get: `metrics.jsonl` has them all. The worker's own
 session keeps Ctrl-C away from it, and when the trainer is killed the worker sees the pipe end and finishes the upload.
 """
 
@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from trainer.metrics.records import Row, Sample
+from trainer.metrics.records import Record, Sample
 from trainer.metrics.table import METRIC_KEYS, METRICS, STEP_KEY
 
 MODES = ("online", "offline", "disabled")
@@ -42,7 +42,7 @@ def summaries() -> dict[str, str]:
 
 
 class WandbSink:
-    """Sends rows to one W&B run, which is continued under the same id after a restart.
+    """Sends records to one W&B run, which is continued under the same id after a restart.
 
     Args:
         output_dir: The run's folder; W&B keeps its files and the run's id in `wandb/` there.
@@ -87,8 +87,8 @@ class WandbSink:
         begin = {"project": project, "name": name, "mode": mode, "config": config, "resumed": resumed}
         self._send({"begin": {**begin, "output_dir": str(output_dir), "step_key": STEP_KEY, "summaries": summaries()}})
 
-    def log(self, row: Row) -> None:
-        self._send({"row": row})
+    def log(self, record: Record) -> None:
+        self._send({"row": record})
 
     def samples(self, step: int, samples: Sequence[Sample]) -> None:
         self._send({"samples": {"step": step, "rows": list(samples)}})
@@ -97,11 +97,11 @@ class WandbSink:
         """Messages are for the person at the terminal; W&B gets none."""
 
     def advance(self, step: int) -> None:
-        """Progress is not a row; W&B gets none."""
+        """Progress is not a record; W&B gets none."""
 
     def close(self, summary: dict[str, object]) -> None:
         """Hand over the summary and wait, at most `close_seconds`, for the upload to end."""
-        # W&B keeps the last and best value of every row key by itself; a plain value would replace both.
+        # W&B keeps the last and best value of every record key by itself; a plain value would replace both.
         self._send({"end": {key: value for key, value in summary.items() if key not in METRIC_KEYS}})
         self._put(None)
         try:

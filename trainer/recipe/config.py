@@ -112,9 +112,7 @@ class DataSource:
     """One of several data sources that are mixed."""
 
     path: str = setting("", "Hugging Face repository, folder, .jsonl/.parquet/.csv file or synthetic:NAME.")
-    split: str | None = setting(
-        None, "Name of the split; null = train (or the validation split in `data.valid`)."
-    )
+    split: str | None = setting(None, "Name of the split; null = train (or the validation split in `data.valid`).")
     weight: float = setting(1.0, "Rows are repeated or left out to this multiple of their number.", above=0)
     format: DataFormat | None = setting(None, "Format of these rows; null = data.format.")
     columns: dict[str, str] | None = setting(None, "Rename columns: {prompt: question, completion: sql}.")
@@ -160,9 +158,7 @@ class DataConfig:
         also=("mask_prompt", "train_on_inputs"),
     )
     shuffle: bool = setting(True, "Draw the rows in a new order each epoch.")
-    on_bad_row: Literal["stop", "skip"] = setting(
-        "stop", "A malformed row stops the run, or is skipped and counted."
-    )
+    on_bad_row: Literal["stop", "skip"] = setting("stop", "A malformed row stops the run, or is skipped and counted.")
 
 
 @dataclass
@@ -187,9 +183,7 @@ class OptimizerConfig:
     betas: list[float] = setting([0.9, 0.999], "Averaging of the first and second moment.", minimum=0, below=1)
     eps: float = setting(1e-8, "Added to the denominator of Adam.", above=0)
     bias_correction: bool = setting(True, "Correct the moments' start at 0, as published; false = mlx-lm's default.")
-    master_weights: bool = setting(
-        True, "Keep float32 copies of 16-bit trainable weights: small updates are not lost."
-    )
+    master_weights: bool = setting(True, "Keep float32 copies of 16-bit trainable weights: small updates are not lost.")
 
 
 @dataclass

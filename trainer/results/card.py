@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from trainer.metrics.records import read_rows
+from trainer.metrics.records import read_records
 from trainer.metrics.table import METRICS
 from trainer.recipe.config import Recipe
 from trainer.recipe.load import to_yaml
@@ -52,7 +52,7 @@ def model_card(recipe: Recipe, library: str, metrics: Path, *, model_class: str,
 def last_values(metrics: Path) -> dict[str, float]:
     """The last value of each key that a card tells and that the run logged."""
     told = [metric.key for metric in METRICS if metric.in_card]
-    values = {key: row[key] for row in read_rows(metrics) for key in told if row.get(key) is not None}
+    values = {key: record[key] for record in read_records(metrics) for key in told if record.get(key) is not None}
     return {key: values[key] for key in told if key in values}
 
 

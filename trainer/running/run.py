@@ -19,7 +19,7 @@ from trainer.checkpoint.lock import sole_run
 from trainer.checkpoint.state import differences, find_checkpoint, keep_global_batch, restore, save_checkpoint
 from trainer.machine.blas import blas_hint
 from trainer.machine.limits import apply_limits, clear_large_cache
-from trainer.metrics.records import Metrics, read_rows
+from trainer.metrics.records import Metrics, read_records
 from trainer.metrics.table import STEP_KEY
 from trainer.metrics.throughput import memory_of_ranks
 from trainer.metrics.tracing import Profiler
@@ -42,14 +42,14 @@ class Callbacks:
     """What research code hears of a run; every rank calls its own.
 
     Attributes:
-        on_step: `on_step(step, row)` after every update; `row` has the metrics where a row is due (`logging.every`),
-            else it is empty.
+        on_step: `on_step(step, record)` after every update; `record` has the metrics where one is due
+            (`logging.every`), else it is empty.
         on_eval: `on_eval(step, metrics)` after every validation.
         on_checkpoint: `on_checkpoint(step, path)` after every checkpoint; `path` is its folder, None on ranks without a
             disk.
     """
 
-    on_step: Callable[[int, dict[str, float]], None] = lambda step, row: None
+    on_step: Callable[[int, dict[str, float]], None] = lambda step, record: None
     on_eval: Callable[[int, dict[str, float]], None] = lambda step, metrics: None
     on_checkpoint: Callable[[int, Path | None], None] = lambda step, path: None
 
@@ -108,7 +108,7 @@ def train(
 
     Example:
         >>> from trainer import train
-        >>> result = train("recipes/quickstart.yaml", ["max_steps=20"], on_step=lambda step, row: print(step, row))
+        >>> result = train("recipes/quickstart.yaml", ["max_steps=20"], on_step=lambda step, record: print(record))
         >>> result.path, result.metrics["eval/loss"]
     """
     world = comm.init()
@@ -202,9 +202,9 @@ def make_hooks(
         if step % every and step != run.total_steps:
             callbacks.on_step(step, {})
 
-    def log(row: dict[str, float]) -> None:
-        metrics.log(row)
-        callbacks.on_step(int(row[STEP_KEY]), row)
+    def log(record: dict[str, float]) -> None:
+        metrics.log(record)
+        callbacks.on_step(int(record[STEP_KEY]), record)
 
     def save(progress: Progress) -> None:
         with run.world.progress.long_phase("saving"):
@@ -282,7 +282,7 @@ def _already_finished(
             f"{output_dir} is finished ({how}). Use another output_dir or more epochs, or begin anew with "
             "checkpoint.resume=none."
         )
-    metrics = {key: value for row in read_rows(output_dir / "metrics.jsonl") for key, value in row.items()}
+    metrics = {key: value for record in read_records(output_dir / "metrics.jsonl") for key, value in record.items()}
     return RunResult(output_dir, result_path(run), progress.step, metrics=metrics)
 
 

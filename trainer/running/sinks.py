@@ -1,4 +1,4 @@
-"""Where the rows of a run go: metrics.jsonl, the terminal, W&B, and the baseline of one device."""
+"""Where the records of a run go: metrics.jsonl, the terminal, W&B, and the baseline of one device."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -28,11 +28,11 @@ def open_metrics(run: Run, output_dir: Path | None, step: int, stop: Stop) -> Me
     with atomic_file(output_dir / MACHINE_FILE) as file:
         write_json(file, machine_facts(world.size, world.backend, asdict(run.opened.sizes)))
     terminal = TerminalSink(run.total_steps, step, on_closed=stop.reader_gone)
-    rows = JsonlSink(output_dir / "metrics.jsonl", step or None, notice=terminal.message)
+    records = JsonlSink(output_dir / "metrics.jsonl", step or None, notice=terminal.message)
     wandb = _open_wandb(recipe, output_dir, step, terminal.message)
     baseline = BaselineSink(output_dir, baseline_facts(run)) if world.size == 1 else None
-    sinks: tuple[Sink | None, ...] = (rows, terminal, wandb, baseline)
-    return Metrics([sink for sink in sinks if sink is not None], rows.kept, run.opened.objective.metrics)
+    sinks: tuple[Sink | None, ...] = (records, terminal, wandb, baseline)
+    return Metrics([sink for sink in sinks if sink is not None], records.kept, run.opened.objective.metrics)
 
 
 def _open_wandb(recipe: Recipe, output_dir: Path, step: int, notice: Callable[[str], None]) -> WandbSink | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from trainer.files.storage import read_json
-from trainer.metrics.records import read_rows
+from trainer.metrics.records import read_records
 from trainer.metrics.table import METRICS, STEP_KEY, Metric
 from trainer.recipe.load import flattened
 from trainer.reports.charts import (
@@ -42,18 +42,18 @@ POINTS_PER_RADIUS = 60
 
 @dataclass
 class RunFiles:
-    """What is known of one run: rows in order of step, held-out generations, recipe text, machine facts."""
+    """What is known of one run: records in order of step, held-out generations, recipe text, machine facts."""
 
     name: str
     color: str
-    rows: list[dict]
+    records: list[dict]
     samples: list[dict]
     recipe: str
     machine: dict[str, object]
 
     def points(self, key: str) -> list[Point]:
-        """(step, value) of every row that has the key."""
-        return [(row[STEP_KEY], row[key]) for row in self.rows if key in row]
+        """(step, value) of every record that has the key."""
+        return [(record[STEP_KEY], record[key]) for record in self.records if key in record]
 
     def values(self, key: str) -> list[float]:
         """The measured values of a key."""
@@ -97,26 +97,26 @@ def read_run(folder: Path, name: str, color: str) -> RunFiles:
     Raises:
         ValueError: It holds no metrics.
     """
-    rows = [
-        {key: value for key, value in row.items() if value is None or isinstance(value, (int, float))}
-        for row in read_rows(folder / "metrics.jsonl")
+    records = [
+        {key: value for key, value in record.items() if value is None or isinstance(value, (int, float))}
+        for record in read_records(folder / "metrics.jsonl")
     ]
-    if not rows:
+    if not records:
         raise ValueError(f"{str(folder)!r} holds no metrics.jsonl with rows; give the output_dir of a run.")
     recipe, machine = folder / "recipe.yaml", folder / "machine.json"
     return RunFiles(
         name=name,
         color=color,
-        rows=rows,
-        samples=[row for row in read_rows(folder / "samples.jsonl") if _has_answers(row)],
+        records=records,
+        samples=[record for record in read_records(folder / "samples.jsonl") if _has_answers(record)],
         recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
         machine=read_json(machine) if machine.is_file() else {},
     )
 
 
-def _has_answers(row: dict) -> bool:
-    """Whether a row of samples.jsonl is as it was written: a file may have been edited."""
-    samples = row.get("samples")
+def _has_answers(record: dict) -> bool:
+    """Whether a record of samples.jsonl is as it was written: a file may have been edited."""
+    samples = record.get("samples")
     return isinstance(samples, list) and all(
         isinstance(sample, dict)
         and all(isinstance(sample.get(key), str) for key in ("prompt", "generated"))
@@ -173,7 +173,7 @@ def _chart(runs: Sequence[RunFiles], metric: Metric) -> str:
 
 def _steps(runs: Sequence[RunFiles]) -> tuple[float, float]:
     """First and last step of all runs."""
-    steps = [row[STEP_KEY] for run in runs for row in run.rows]
+    steps = [record[STEP_KEY] for run in runs for record in run.records]
     return min(steps), max(steps)
 
 

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from trainer.__main__ import main
-from trainer.metrics import rows, table, terminal, wandb_sink
+from trainer.metrics import records, table, terminal, wandb_sink
 from trainer.results import card
 from trainer.verbs import dashboard, report
 
@@ -21,15 +21,15 @@ NEW = table.Metric(
 @pytest.fixture(autouse=True)
 def added(monkeypatch: pytest.MonkeyPatch) -> None:
     """The table with one more row."""
-    for module in (rows, terminal, wandb_sink, card, dashboard, report):
+    for module in (records, terminal, wandb_sink, card, dashboard, report):
         monkeypatch.setattr(module, "METRICS", (*table.METRICS, NEW))
-    monkeypatch.setattr(rows, "METRIC_KEYS", table.METRIC_KEYS | {NEW.key})
+    monkeypatch.setattr(records, "METRIC_KEYS", table.METRIC_KEYS | {NEW.key})
 
 
 def test_a_new_metric_is_shown_everywhere(tmp_path: Path) -> None:
     """Catches a second list of metrics somewhere."""
     console = Console(file=io.StringIO(), width=200)
-    metrics = rows.Metrics([rows.JsonlSink(tmp_path / "metrics.jsonl"), terminal.TerminalSink(3, console=console)])
+    metrics = records.Metrics([records.JsonlSink(tmp_path / "metrics.jsonl"), terminal.TerminalSink(3, console=console)])
     for step in (1, 2):
         metrics.log({table.STEP_KEY: step, "train/loss": 1.0, NEW.key: 7.5 - step})
     assert metrics.close()["best/new_number"] == 6.5

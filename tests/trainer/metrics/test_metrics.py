@@ -9,18 +9,18 @@ import mlx.core as mx
 import pytest
 from rich.console import Console
 
-from trainer.metrics.records import JsonlSink, Metrics, Row, _Lines, read_rows
+from trainer.metrics.records import JsonlSink, Metrics, Record, _Lines, read_records
 from trainer.metrics.table import METRIC_KEYS
 from trainer.metrics.terminal import TerminalSink
 from trainer.metrics.throughput import Throughput, memory_row
 
 
-def row(step: int, **values: float) -> Row:
+def row(step: int, **values: float) -> Record:
     return {"train/global_step": step, **{key.replace("__", "/"): value for key, value in values.items()}}
 
 
 def steps_in(path: Path) -> list[int]:
-    return [found["train/global_step"] for found in read_rows(path)]
+    return [found["train/global_step"] for found in read_records(path)]
 
 
 def test_text_that_looks_like_the_end_of_a_line(tmp_path: Path) -> None:
@@ -29,7 +29,7 @@ def test_text_that_looks_like_the_end_of_a_line(tmp_path: Path) -> None:
     rows = [{"train/global_step": step, "text": f"a{mark}b"} for step, mark in enumerate("\u2028\u2029\x85")]
     written = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     path.write_bytes(written + '{"train/global_step": 9, "text": "é'.encode()[:-1])
-    assert read_rows(path) == rows
+    assert read_records(path) == rows
     assert _Lines(path, print).cut(2) == rows
     assert path.read_bytes() == written
 

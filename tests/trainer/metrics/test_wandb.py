@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from trainer.metrics import wandb_worker
-from trainer.metrics.records import read_rows
+from trainer.metrics.records import read_records
 from trainer.metrics.wandb_sink import WandbSink, wandb_mode
 from training import train_with_recipe
 
@@ -247,6 +247,6 @@ def test_resumed_run_goes_on_under_the_same_id(
     assert len(ids) == 1
     assert sorted(set(history)) == [0, 1, 2, 3]
     assert config["optimizer"]["lr"] == 1e-5 and config["max_steps"] == 3
-    losses = [row["eval/loss"] for row in read_rows(output / "metrics.jsonl") if "eval/loss" in row]
+    losses = [row["eval/loss"] for row in read_records(output / "metrics.jsonl") if "eval/loss" in row]
     assert summary["best/eval_loss"] == min(losses)
     assert summary["eval/loss"]["last"] == losses[-1]

@@ -12,7 +12,7 @@ from comm import solo
 from tiny_recipes import tiny_recipe, write_rows
 from trainer import Objective, train
 from trainer.build import build
-from trainer.metrics.records import read_rows
+from trainer.metrics.records import read_records
 from trainer.metrics.table import Metric
 from trainer.objectives.table import OBJECTIVES
 from trainer.recipe.config import ObjectiveConfig
@@ -71,7 +71,7 @@ def test_a_run_of_it(rows, tmp_path):
     recipe = settings(rows, tmp_path / "run")
     plain = train(settings(rows, tmp_path / "plain"))
     result = train(recipe, objective=Smoothed())
-    found = [row["eval/halved"] for row in read_rows(tmp_path / "run" / "metrics.jsonl") if "eval/halved" in row]
+    found = [row["eval/halved"] for row in read_records(tmp_path / "run" / "metrics.jsonl") if "eval/halved" in row]
     assert found and min(found) == result.metrics["best/eval_halved"] == result.metrics["best/eval_loss"] / 2
     assert result.metrics["eval/loss"] != plain.metrics["eval/loss"] and "eval/ppl" not in result.metrics
     with pytest.raises(ValueError, match="objective.name: Smoothed then, sft now"):

@@ -19,7 +19,7 @@ from tiny_recipes import run_apart, tiny_recipe, write_rows
 from trainer.bench.baseline import read_baseline, write_baseline
 from trainer.checkpoint.folder import open_checkpoint
 from trainer.machine import limits
-from trainer.metrics.records import read_rows
+from trainer.metrics.records import read_records
 from trainer.recipe.config import LimitsConfig
 from trainer.recipe.load import to_yaml
 from trainer.results.opened import recipe_of
@@ -106,7 +106,7 @@ def test_patience_ends_the_run_with_the_best_weights(rows, tmp_path, scripted, c
     assert train(patient(rows, tmp_path), comm.solo(), Stop(), []) == 0
     assert "is finished (6 steps, no better validation loss" in capsys.readouterr().out
     assert (tmp_path / "adapters.safetensors").read_bytes() == before
-    assert read_rows(tmp_path / "metrics.jsonl")[-1]["train/global_step"] == 6
+    assert read_records(tmp_path / "metrics.jsonl")[-1]["train/global_step"] == 6
 
 
 def test_best_checkpoint_is_a_checkpoint_for_every_verb(rows, tmp_path, scripted):
@@ -117,7 +117,7 @@ def test_best_checkpoint_is_a_checkpoint_for_every_verb(rows, tmp_path, scripted
     assert equal(opened, mx.load(str(tmp_path / "run" / "checkpoints" / "step-0000003" / "weights.safetensors")))
     again = patient(rows, tmp_path / "again", checkpoint={"every": 0, "resume": target}, eval={"every": 0}, max_steps=4)
     assert train(again, comm.solo(), Stop(), []) == 0
-    assert read_rows(tmp_path / "again" / "metrics.jsonl")[0]["train/global_step"] == 4
+    assert read_records(tmp_path / "again" / "metrics.jsonl")[0]["train/global_step"] == 4
 
 
 @pytest.mark.parametrize("killed_at", [3, 5])
@@ -214,7 +214,7 @@ def test_two_ranks_act_on_requests_together(rows, tmp_path):
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-0000001", "step-0000003"]
     check_trace(tmp_path, num_ranks=2, steps=[2, 3])
     (baseline,) = json.loads((tmp_path / "baseline.json").read_text()).values()
-    for row in read_rows(tmp_path / "metrics.jsonl")[:3]:
+    for row in read_records(tmp_path / "metrics.jsonl")[:3]:
         expected = 100 * row["throughput/tokens_per_sec_per_device"] / baseline["tokens_per_sec"]
         assert row["throughput/scaling_efficiency_pct"] == pytest.approx(expected)
 
@@ -245,7 +245,7 @@ def test_texts_are_continued_at_every_validation(rows, tmp_path):
     """Catches samples that plain text never gets, or that are of other rows each time."""
     shape = {"data": {"val_fraction": 0.2}, "eval": {"every": 1, "generate": 2, "max_new_tokens": 4}, "max_steps": 2}
     assert train(tiny_recipe(rows, tmp_path, **shape), comm.solo(), Stop(), []) == 0
-    lines = read_rows(tmp_path / "samples.jsonl")
+    lines = read_records(tmp_path / "samples.jsonl")
     assert [line["train/global_step"] for line in lines] == [0, 1, 2]
     prompts = [[sample["prompt"] for sample in line["samples"]] for line in lines]
     assert len(prompts[0]) == 2 and prompts[0] == prompts[1] == prompts[2]
@@ -273,7 +273,7 @@ def test_full_disk_under_a_checkpoint(rows, tmp_path):
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-0000002"]
     again = tiny_recipe(rows, tmp_path, checkpoint={"every": 2}, max_steps=5, method="full", grad_accumulation_steps=2)
     assert train(again, comm.solo(), Stop(), []) == 0
-    steps = [row["train/global_step"] for row in read_rows(tmp_path / "metrics.jsonl") if "train/loss" in row]
+    steps = [row["train/global_step"] for row in read_records(tmp_path / "metrics.jsonl") if "train/loss" in row]
     assert steps == [1, 2, 3, 4, 5]
 
 

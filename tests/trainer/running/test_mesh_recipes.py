@@ -5,7 +5,7 @@ import pytest
 
 import comm
 from tiny_recipes import run_apart, tiny_recipe, write_rows
-from trainer.metrics.records import read_rows
+from trainer.metrics.records import read_records
 from trainer.training.requests import Stop
 from training import train
 
@@ -35,7 +35,7 @@ def recipe(rows, output_dir, method, parallel):
 
 def curve(folder):
     """(loss, norm, validation loss) of every row of metrics."""
-    rows = read_rows(folder / "metrics.jsonl")
+    rows = read_records(folder / "metrics.jsonl")
     return [tuple(row.get(key, 0.0) for key in ("train/loss", "train/grad_norm", "eval/loss")) for row in rows]
 
 

@@ -13,7 +13,7 @@ import comm
 from tiny_recipes import MODELS, model_section, tiny_recipe, write_rows
 from trainer.__main__ import main
 from trainer.build import build
-from trainer.metrics.records import read_rows
+from trainer.metrics.records import read_records
 from trainer.results.opened import load_result
 from trainer.training.requests import Stop
 from training import train
@@ -32,7 +32,7 @@ def rows(tmp_path_factory):
 def run(recipe):
     """Train; returns the losses of the rows of metrics."""
     assert train(recipe, comm.solo(), Stop(), []) == 0
-    return [row["train/loss"] for row in read_rows(recipe_folder(recipe) / "metrics.jsonl") if "train/loss" in row]
+    return [row["train/loss"] for row in read_records(recipe_folder(recipe) / "metrics.jsonl") if "train/loss" in row]
 
 
 def recipe_folder(recipe):

@@ -18,7 +18,7 @@ import pytest
 
 from ranks import MORTAL, ROOT, slowness
 from tiny_recipes import tiny_recipe, write_rows
-from trainer.metrics.records import read_rows
+from trainer.metrics.records import read_records
 from trainer.recipe.load import to_yaml
 
 PARTS, KILLS_PER_PART = 20, 10
@@ -131,7 +131,7 @@ def assert_left_alike(folder: Path, whole: Path) -> None:
 def curve(folder: Path) -> list[tuple[float | None, ...]]:
     """(step, loss, norm, validation loss) of every row of metrics."""
     keys = ("train/global_step", "train/loss", "train/grad_norm", "eval/loss")
-    return [tuple(row.get(key) for key in keys) for row in read_rows(folder / "run" / "metrics.jsonl")]
+    return [tuple(row.get(key) for key in keys) for row in read_records(folder / "run" / "metrics.jsonl")]
 
 
 @pytest.mark.usefixtures("exhaustive")

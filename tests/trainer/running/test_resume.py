@@ -9,7 +9,7 @@ import pytest
 import comm
 from tiny_recipes import run_apart, tiny_recipe, write_rows
 from trainer.files.storage import file_record
-from trainer.metrics.records import read_rows
+from trainer.metrics.records import read_records
 from trainer.training.requests import Stop
 from training import train
 
@@ -34,7 +34,7 @@ def run_here(settings):
 def curve(folder):
     """(step, loss, norm, tokens) of every row of metrics."""
     keys = ("train/global_step", "train/loss", "train/grad_norm", "train/num_tokens", "eval/loss")
-    return [tuple(row.get(key, 0.0) for key in keys) for row in read_rows(folder / "metrics.jsonl")]
+    return [tuple(row.get(key, 0.0) for key in keys) for row in read_records(folder / "metrics.jsonl")]
 
 
 def result(folder):

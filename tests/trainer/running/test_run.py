@@ -16,7 +16,7 @@ import comm
 from ranks import slowness
 from tiny_recipes import MODELS, run_apart, tiny_recipe, write_rows
 from trainer.__main__ import main
-from trainer.metrics.records import read_rows
+from trainer.metrics.records import read_records
 from trainer.recipe.load import to_yaml
 from trainer.training.requests import Stop
 from training import train
@@ -37,12 +37,12 @@ def test_signal_finishes_the_step_saves_and_leaves(rows, tmp_path, number, code)
     command = [sys.executable, "-m", "trainer", str(path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 60 * slowness()
-    while len(read_rows(tmp_path / "run" / "metrics.jsonl")) < 3 and time.monotonic() < until:
+    while len(read_records(tmp_path / "run" / "metrics.jsonl")) < 3 and time.monotonic() < until:
         time.sleep(0.05)
     process.send_signal(number)
     shown, errors = process.communicate(timeout=60 * slowness())
     assert process.returncode == code, shown + errors
-    steps = read_rows(tmp_path / "run" / "metrics.jsonl")[-1]["train/global_step"]
+    steps = read_records(tmp_path / "run" / "metrics.jsonl")[-1]["train/global_step"]
     assert (tmp_path / "run" / "checkpoints" / f"step-{steps:07d}" / "manifest.json").is_file()
     assert "the same command goes on from there" in shown
 
@@ -61,7 +61,7 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(rows, tmp_path):
         rows, tmp_path, method="full", optimizer={"name": "sgd", "lr": 1e30}, schedule={"name": "constant"}, max_steps=4
     )
     assert train(recipe, comm.solo(), Stop(), []) == 0
-    last = read_rows(tmp_path / "metrics.jsonl")[-1]
+    last = read_records(tmp_path / "metrics.jsonl")[-1]
     assert last["train/skipped_steps"] == 3
     assert last["train/global_step"] == 4
 
@@ -73,7 +73,7 @@ def test_ranks_need_no_common_disk(rows, tmp_path):
     run_apart(recipe, 2, folder=tmp_path)
     assert (tmp_path / "0" / "run" / "adapters.safetensors").is_file()
     assert os.listdir(tmp_path / "1") == []
-    steps = [row["train/global_step"] for row in read_rows(tmp_path / "0" / "run" / "metrics.jsonl") if "train/loss" in row]
+    steps = [row["train/global_step"] for row in read_records(tmp_path / "0" / "run" / "metrics.jsonl") if "train/loss" in row]
     assert steps == [1, 2, 3, 4]
 
 
@@ -132,8 +132,8 @@ def test_adapter_of_mlx_lm_is_taken_up(rows, tmp_path):
     train(second, comm.solo(), Stop(), [])
     config = json.loads((tmp_path / "second" / "adapter_config.json").read_text())
     assert config["lora_parameters"]["rank"] == 4 and config["lora_parameters"]["scale"] == 3.0
-    first_loss = read_rows(tmp_path / "first" / "metrics.jsonl")[0]["train/loss"]
-    assert read_rows(tmp_path / "second" / "metrics.jsonl")[0]["train/loss"] < first_loss
+    first_loss = read_records(tmp_path / "first" / "metrics.jsonl")[0]["train/loss"]
+    assert read_records(tmp_path / "second" / "metrics.jsonl")[0]["train/loss"] < first_loss
 
 
 @pytest.mark.parametrize(
