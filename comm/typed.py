@@ -6,7 +6,6 @@ from typing import Any, Protocol, TypeVar, cast
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-
 Result = TypeVar("Result", covariant=True)
 
 

@@ -126,7 +126,7 @@ class _Blocks:
     size: int
     keep: bool
 
-    def attention(self) -> CustomFunction:
+    def attention(self) -> CustomFunction[tuple[mx.array, ...]]:
         """Function of (queries, keys, values) giving (outputs, logarithms of softmax sums, kept powers...)."""
 
         @custom_function
@@ -135,7 +135,8 @@ class _Blocks:
 
         @run.vjp
         def run_vjp(primals, cotangents, outputs):
-            return self._backward(*primals, cotangents[0], outputs[0], outputs[1], outputs[2:])
+            queries, keys, values = primals
+            return self._backward(queries, keys, values, cotangents[0], outputs[0], outputs[1], outputs[2:])
 
         return run
 

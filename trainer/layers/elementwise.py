@@ -70,7 +70,7 @@ def _swiglu_backward(gate: mx.array, x: mx.array, opened: mx.array, dy: mx.array
 
 
 # Made anew for each call, as all custom functions here: then who looks at graphs can put others in their place.
-def _silu() -> CustomFunction:
+def _silu() -> CustomFunction[tuple[mx.array, mx.array]]:
     @custom_function
     def run(x: mx.array) -> tuple[mx.array, mx.array]:
         return _silu_forward(x)
@@ -82,13 +82,14 @@ def _silu() -> CustomFunction:
     return run
 
 
-def _swiglu() -> CustomFunction:
+def _swiglu() -> CustomFunction[tuple[mx.array, mx.array]]:
     @custom_function
     def run(gate: mx.array, x: mx.array) -> tuple[mx.array, mx.array]:
         return _swiglu_forward(gate, x)
 
     @run.vjp
     def run_vjp(primals, cotangents, outputs):
-        return _swiglu_backward(*primals, outputs[1], cotangents[0])
+        gate, x = primals
+        return _swiglu_backward(gate, x, outputs[1], cotangents[0])
 
     return run

@@ -11,6 +11,8 @@ Shapes: B batch, T tokens, Hk key heads, Hv value heads (a multiple of Hk), Dk a
     tokens, R = Hv / Hk.
 """
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -65,13 +67,8 @@ def gated_delta_rule(
     if state is None:
         state = mx.zeros((B, Hv, Dv, Dk), mx.float32)
     state = state.astype(mx.float32).swapaxes(-1, -2).reshape(B, Hk, Hv // Hk, Dk, Dv)
-    y, state = _recurrence(
-        split.chunked(q, 1),
-        split.chunked(k, 1),
-        *(split.chunked(x) for x in (v, log_gate, beta)),
-        state,
-        keep,
-    )
+    v, log_gate, beta = (split.chunked(x) for x in (v, log_gate, beta))
+    y, state = _recurrence(split.chunked(q, 1), split.chunked(k, 1), v, log_gate, beta, state, keep)
     y = split.joined(y).astype(q.dtype)
     if mask is not None:
         y = y * mask[..., None, None].astype(y.dtype)
@@ -178,9 +175,10 @@ def _recurrence(
 
     @run.vjp
     def run_vjp(primals, cotangents, outputs):
-        return _gradients(*primals, keep, states=outputs[2], dy=cotangents[0], d_state=cotangents[1])
+        return _gradients(primals, keep, states=outputs[2], dy=cotangents[0], d_state=cotangents[1])
 
-    return run(q, k, v, log_gate, beta, state)[:2]
+    y, last, _ = run(q, k, v, log_gate, beta, state)
+    return y, last
 
 
 def _writes(chunks: Chunks, v: mx.array, beta: mx.array) -> tuple[mx.array, mx.array, mx.array]:
@@ -192,12 +190,7 @@ def _writes(chunks: Chunks, v: mx.array, beta: mx.array) -> tuple[mx.array, mx.a
 
 
 def _gradients(
-    q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    log_gate: mx.array,
-    beta: mx.array,
-    state: mx.array,
+    primals: Sequence[mx.array],
     keep: mx.array | None,
     *,
     states: mx.array,
@@ -205,6 +198,7 @@ def _gradients(
     d_state: mx.array,
 ) -> tuple[mx.array, ...]:
     """Gradients of :func:`_recurrence` from the states at each chunk's start (B, Hk, R, N, Dk, Dv)."""
+    q, k, v, log_gate, beta, _ = primals
     q, k, v, dy = _contiguous(q, k, v, dy)
     decay = _decay(q, k, log_gate, keep)
     chunks = decay.chunks()

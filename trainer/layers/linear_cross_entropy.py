@@ -7,7 +7,7 @@ scales what is there.
 Letters: B rows of a batch, L tokens, D hidden dims, V vocabulary (this rank's part of it).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
@@ -64,16 +64,18 @@ def _loss_and_gradients(
     """
     projection = Projection(head)
 
-    def of_chunk(rows: mx.array, arrays: list[mx.array], start: int) -> mx.array:
+    def of_chunk(rows: mx.array, arrays: Sequence[mx.array], start: int) -> mx.array:
         piece = slice(start, start + chunk)
-        logits = projection(rows, arrays)
+        logits = projection(rows, list(arrays))
         if not with_gradients:
             return _nll(logits, targets[piece], weights[piece], head)[0]
         return _nll_with_gradient(logits, targets[piece], weights[piece], head)
 
     @custom_function
     def run(rows: mx.array, *arrays: mx.array) -> tuple[mx.array, ...]:
-        losses, row_grads, sums, before = [], [], None, None
+        losses, row_grads = [], []
+        sums: list[mx.array] = []
+        before: list[mx.array] | None = None
         for start in range(0, rows.shape[0], chunk):
             piece = rows[start : start + chunk]
             if before is not None:
@@ -85,7 +87,7 @@ def _loss_and_gradients(
                 continue
             loss, (row_grad, grads) = mx.value_and_grad(of_chunk, argnums=(0, 1))(piece, list(arrays), start)
             grads = [x.astype(mx.float32) for x in grads]
-            sums = grads if sums is None else [a + b for a, b in zip(sums, grads)]
+            sums = grads if not sums else [a + b for a, b in zip(sums, grads)]
             losses.append(loss)
             row_grads.append(row_grad)
             before = [loss, row_grad, *sums]
@@ -99,7 +101,11 @@ def _loss_and_gradients(
         grads = [(scale * grad).astype(x.dtype) for x, grad in zip(primals, outputs[1:])]
         return tuple(grads)
 
-    return lambda *arrays: result if isinstance(result := run(*arrays), (tuple, list)) else (result,)
+    def results(*arrays: mx.array) -> tuple[mx.array, ...]:
+        found = run(*arrays)
+        return tuple(found) if isinstance(found, (tuple, list)) else (found,)
+
+    return results
 
 
 def _nll(logits: mx.array, targets: mx.array, weights: mx.array, head: Head) -> tuple[mx.array, mx.array]:

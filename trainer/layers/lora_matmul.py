@@ -86,7 +86,7 @@ def _low_rank_gradients(
     return d_low, d_a.astype(lora_a.dtype), d_b.astype(lora_b.dtype)
 
 
-def _joint(base: nn.Module, scale: float) -> CustomFunction:
+def _joint(base: nn.Module, scale: float) -> CustomFunction[mx.array]:
     """Function of (rows, A, B); the frozen base enters both passes without being differentiated."""
 
     @custom_function
@@ -102,7 +102,7 @@ def _joint(base: nn.Module, scale: float) -> CustomFunction:
     return run
 
 
-def _update(scale: float) -> CustomFunction:
+def _update(scale: float) -> CustomFunction[tuple[mx.array]]:
     """Function of (base's output, rows, A, B) for any other base, and with dropout."""
 
     @custom_function

@@ -74,8 +74,10 @@ def attention(
     if isinstance(mask, TrainingMask):
         plain = mask.window is None and mask.segments is None
         if sinks is None and num_tokens == keys.shape[2] and not (plain and mx.cuda.is_available()):
-            seen = dict(window=mask.window, segments=mask.segments, starts=mask.starts)
-            return blockwise_attention(queries, keys, values, scale=scale, **seen)
+            seen = mask.segments
+            return blockwise_attention(
+                queries, keys, values, scale=scale, window=mask.window, segments=seen, starts=mask.starts
+            )
         mask = "causal" if plain else mask.array(num_tokens)
     return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
 
@@ -102,7 +104,7 @@ FUNCTIONS: dict[str, Any] = {
 }
 
 
-def _replaced(call: FunctionType) -> dict[str, Any]:
+def _replaced(call: Any) -> dict[str, Any]:
     """The globals that the code of ``call`` uses and that have a replacement."""
     names = call.__code__.co_names
     found = {name: FUNCTIONS[name] for name in FUNCTIONS if name in names and name in call.__globals__}
@@ -111,7 +113,7 @@ def _replaced(call: FunctionType) -> dict[str, Any]:
     return found
 
 
-def _with_globals(call: FunctionType, replaced: dict[str, Any]) -> FunctionType:
+def _with_globals(call: Any, replaced: dict[str, Any]) -> FunctionType:
     names = {**call.__globals__, **replaced}
     new = FunctionType(call.__code__, names, call.__name__, call.__defaults__, call.__closure__)
     new.__kwdefaults__ = call.__kwdefaults__
@@ -122,7 +124,7 @@ def _with_globals(call: FunctionType, replaced: dict[str, Any]) -> FunctionType:
 def _training_class(cls: type) -> type:
     """``cls`` with a ``__call__`` that runs ours in training, and mlx-lm's with one of mlx-lm's caches (or in eval
     mode, for layers that take none)."""
-    original: FunctionType = cls.__call__
+    original: Any = cls.__call__
     replaced = _replaced(original)
     rebound = _with_globals(original, replaced)
     signature = inspect.signature(original)
@@ -141,7 +143,7 @@ def _training_class(cls: type) -> type:
             update = {"gated_delta_update": partial(gated_delta_update, segments=segments)}
             run = _with_globals(original, replaced | update)
             bound.arguments["self"] = _with_segmented_convolutions(self, segments)
-        elif segments is not None and "rope" in original.__code__.co_names:
+        elif isinstance(cache, AttentionSegments) and cache.positions is not None and "rope" in original.__code__.co_names:
             bound.arguments["self"] = _View(self, {"rope": partial(_restarted, self.rope, cache.positions)})
         return run(*bound.args, **bound.kwargs)
 

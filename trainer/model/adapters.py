@@ -28,7 +28,7 @@ PEFT_SUFFIXES = {
     "lora_magnitude_vector": "m",
 }
 # PEFT options that change what an adapter computes and are not supported here; the value that is harmless.
-PEFT_REFUSED = {
+PEFT_REFUSED: dict[str, Any] = {
     "rank_pattern": {},
     "alpha_pattern": {},
     "modules_to_save": None,

@@ -6,8 +6,8 @@ and resume see the same masks. LoRA: Hu et al., arXiv 2106.09685. DoRA: Liu et a
 """
 
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -118,7 +118,7 @@ def find_targets(model: nn.Module, targets: str | list[str], num_layers: str | i
     total = len(model.layers)
     first = 0 if num_layers == "all" else max(0, total - int(num_layers))
     candidates = [(path, module) for path, module in model.named_modules() if _adaptable(module)]
-    inside = [(p, m) for p, m in candidates if _layer_index(p) is None or _layer_index(p) >= first]
+    inside = [(p, m) for p, m in candidates if (layer := _layer_index(p)) is None or layer >= first]
     if targets == "all-linear":
         kinds = LINEARS if method == "dora" else LINEARS + EXPERTS
         chosen = [p for p, m in inside if _layer_index(p) is not None and isinstance(m, kinds) and not _is_router(p)]
@@ -165,7 +165,7 @@ def _adaptable(module: nn.Module) -> bool:
     return isinstance(module, LINEARS + EXPERTS + EMBEDDINGS)
 
 
-def _layer_class(base: nn.Module, method: str) -> Callable:
+def _layer_class(base: nn.Module, method: str) -> Any:
     if isinstance(base, EXPERTS):
         return lora.LoRASwitchLinear
     if isinstance(base, EMBEDDINGS):
