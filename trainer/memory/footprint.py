@@ -26,7 +26,7 @@ from parallel.pipeline import check_stages, even_split, memory_split
 from trainer.memory.liveness import Buffer, Lifetimes, lifetimes
 from trainer.memory.placement import Part, Placement
 from trainer.memory.shapes import PlannedModel
-from trainer.memory.traced_graph import trace
+from trainer.memory.tracing import trace
 from trainer.model.lora import EXPERTS
 from trainer.recipe.config import Recipe
 from trainer.training.optim import Optimizer

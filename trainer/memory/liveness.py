@@ -1,6 +1,6 @@
 """How much memory a computation will need, from its graph alone: nothing is evaluated, no weight has to exist.
 
-The operations of a traced function (`trainer.memory.traced_graph`) are walked through in the order in which MLX evaluates
+The operations of a traced function (`trainer.memory.tracing`) are walked through in the order in which MLX evaluates
 them, with a buffer for each result until its last reader has run. Views and results that take over the
 buffer of an input cost nothing. Assumes that operations run one after the other: what a device
 allocates ahead of time is not in it.
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from trainer.memory.graph import Graph, Operation
+from trainer.memory.tracing import Graph, Operation
 
 # Results that share their input's memory.
 _VIEWS = frozenset(

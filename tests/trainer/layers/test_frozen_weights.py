@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 from tiny import CONFIGS, make
 from trainer.layers.lora_matmul import use_fast_lora
 from trainer.layers.prepare import prepare_for_training
-from trainer.memory.traced_graph import trace
+from trainer.memory.tracing import trace
 from trainer.model.lora import DropoutKeys, LoRASpec, attach, find_targets
 from trainer.training.loss import TokenLoss
 

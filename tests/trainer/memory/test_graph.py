@@ -5,7 +5,7 @@ from collections import Counter
 import mlx.core as mx
 
 from trainer.memory.liveness import lifetimes
-from trainer.memory.traced_graph import trace
+from trainer.memory.tracing import trace
 
 
 def square_of_sine(x: mx.array) -> mx.array:
