@@ -25,10 +25,11 @@ from parallel import hidden_and_head
 from parallel.pipeline import check_stages, even_split, memory_split
 from trainer.memory.liveness import Buffer, Lifetimes, lifetimes
 from trainer.memory.placement import Part, Placement
-from trainer.memory.shapes import PlannedModel
 from trainer.memory.tracing import trace
 from trainer.model.lora import EXPERTS
+from trainer.model.shapes import PlannedModel
 from trainer.recipe.config import Recipe
+from trainer.training.loss import TokenLoss
 from trainer.training.optim import Optimizer
 
 # Buffers of MLX's ring backend, and a bucket of gradients, per group; comm chooses buckets of about this size.
@@ -58,18 +59,30 @@ class Footprint:
         return self.weights + self.gradients + self.optimizer + self.buffers + self.activations
 
 
-class Footprints:
-    """Footprints of one recipe on any mesh; the step is traced once.
+def plan_memory(recipe: Recipe, planned: PlannedModel) -> MemoryPlan:
+    """Bytes that the ranks of any mesh need for a recipe; nothing is evaluated.
 
     Args:
         recipe: gives the batch, the optimizer and the pipeline's schedule.
-        planned: the recipe's model.
+        planned: the recipe's model; it is left as it was.
+    """
+    return MemoryPlan(recipe, planned)
+
+
+class MemoryPlan:
+    """What a recipe's ranks need on any mesh; the step is traced once. Made by `plan_memory`.
+
+    Attributes:
+        parts: all parameters, whole.
+        num_layers: of the model.
     """
 
     def __init__(self, recipe: Recipe, planned: PlannedModel) -> None:
         self.recipe = recipe
         self.planned = planned
-        self.placement = Placement(planned.model)
+        self._placement = Placement(planned.model)
+        self.parts = self._placement.parts
+        self.num_layers = self._placement.num_layers
 
     def split(self, pp: int) -> list[int]:
         """Layers of each pipeline stage; `memory` is planned for machines of equal memory.
@@ -77,15 +90,15 @@ class Footprints:
         Raises:
             ValueError: the model cannot be cut into stages.
         """
-        num_layers, split = self.placement.num_layers, self.recipe.parallel.split
+        split = self.recipe.parallel.split
         if pp > 1:
             check_stages(self.planned.model)
         if isinstance(split, list) and len(split) == pp:
             return split
         if split == "memory" and pp > 1:
-            sizes = [0] * num_layers
+            sizes = [0] * self.num_layers
             first = last = 0
-            for part in self.placement.parts:
+            for part in self.parts:
                 if part.layer is not None:
                     sizes[part.layer] += part.num_bytes
                 elif "embed" in part.name:
@@ -93,7 +106,15 @@ class Footprints:
                 else:
                     last += part.num_bytes
             return memory_split(sizes, first, last, [1] * pp)
-        return even_split(num_layers, pp)
+        return even_split(self.num_layers, pp)
+
+    def rank_parts(self, mesh: MeshShape, stage: int) -> list[Part]:
+        """The parameters on a rank of a pipeline stage, each as it holds it; with FSDP those of its largest rank.
+
+        Raises:
+            ValueError: the model cannot be divided so.
+        """
+        return self._placement.rank(mesh, stage, self.split(mesh.pp))
 
     def of(self, mesh: MeshShape, accumulation: int) -> Footprint:
         """The footprint of the fullest rank.
@@ -109,7 +130,7 @@ class Footprints:
 
     def stage(self, mesh: MeshShape, accumulation: int, stage: int) -> Footprint:
         """The footprint of the ranks of one pipeline stage; arguments as for `of`."""
-        parts = self.placement.rank(mesh, stage, self.split(mesh.pp))
+        parts = self.rank_parts(mesh, stage)
         trained = [part for part in parts if part.trainable]
         weights = sum(part.num_bytes for part in parts)
         gradients = sum(part.size * self._gradient_item_bytes(part, mesh, accumulation) for part in trained)
@@ -140,10 +161,9 @@ class Footprints:
 
     def _gathered(self, mesh: MeshShape, stage: int) -> int:
         """FSDP: the unit in use, gathered, with its gradients, and the gathered weights of the next, in either pass."""
-        whole = MeshShape(1, 1, mesh.pp, mesh.tp)
         weights: dict[int | str, int] = {}
         gradients: dict[int | str, int] = {}
-        for part in self.placement.rank(whole, stage, self.split(mesh.pp)):
+        for part in self.rank_parts(MeshShape(1, 1, mesh.pp, mesh.tp), stage):
             unit = part.name.rpartition(".")[0] if part.layer is None else part.layer
             weights[unit] = weights.get(unit, 0) + part.num_bytes
             gradients[unit] = gradients.get(unit, 0) + part.num_bytes * part.trainable
@@ -163,7 +183,7 @@ class Footprints:
             is_residual = bool(buffer.shape) and buffer.shape[-1] == self._hidden_dims
             return 0.0 if buffer.is_result else buffer.num_bytes * (1.0 if is_residual else whole_share)
 
-        over_time = self._step_lifetimes(accumulation > 1)
+        over_time = self._adding_step if accumulation > 1 else self._plain_step
         alive = over_time.bytes_over_time(activation)
         growing = over_time.bytes_over_time(lambda b: float(b.num_bytes) if b.is_result else 0.0)
         if mesh.pp > 1:
@@ -181,7 +201,7 @@ class Footprints:
     ) -> float:
         """One stage's kept activations of all micro-batches in flight, and its work on one of them."""
         split = self.split(mesh.pp)
-        layers = self._layer_lifetimes
+        layers = self._layers
         over_time = layers.bytes_over_time(activation)
         kept = over_time[layers.made_at[-1]]
         in_flight = min(
@@ -197,10 +217,10 @@ class Footprints:
 
     @cached_property
     def _all_trained(self) -> list[Part]:
-        return [part for part in self.placement.parts if part.trainable]
+        return [part for part in self.parts if part.trainable]
 
     @property
-    def _batch(self) -> dict[str, mx.array]:
+    def batch(self) -> dict[str, mx.array]:
         """A micro-batch of full rows in which every token is learned: the largest there is."""
         shape = (self.recipe.batch_size_per_device, self.recipe.data.max_seq_len)
         return {
@@ -210,34 +230,39 @@ class Footprints:
             "keys": mx.zeros((shape[0], 2), dtype=mx.uint32),
         }
 
-    def _step_lifetimes(self, accumulates: bool) -> Lifetimes:
-        return self._adding_lifetimes if accumulates else self._plain_lifetimes
+    @cached_property
+    def _plain_step(self) -> Lifetimes:
+        return self._step([])
 
     @cached_property
-    def _plain_lifetimes(self) -> Lifetimes:
+    def _adding_step(self) -> Lifetimes:
         with _experts_frozen(self.planned.model):
-            return _trace_step(self.planned, self._batch, accumulates=False)
+            return self._step([mx.zeros(p.shape) for _, p in tree_flatten(self.planned.model.trainable_parameters())])
+
+    def _step(self, sums: list[mx.array]) -> Lifetimes:
+        """Loss and gradients of one micro-batch, added to the sums of earlier ones where there are any."""
+        loss = TokenLoss(self.planned.keys, self.planned.is_packed)
+
+        def function(model: nn.Module, *earlier: mx.array) -> list[mx.array]:
+            (total, num_tokens), grads = nn.value_and_grad(model, loss)(model, self.batch)
+            gradients = [grad for _, grad in tree_flatten(grads)]
+            return [total, num_tokens, *([s + g.astype(s.dtype) for s, g in zip(earlier, gradients)] or gradients)]
+
+        return _trace_model(self.planned.model, function, sums)
 
     @cached_property
-    def _adding_lifetimes(self) -> Lifetimes:
-        with _experts_frozen(self.planned.model):
-            return _trace_step(self.planned, self._batch, accumulates=True)
-
-    @cached_property
-    def _layer_lifetimes(self) -> Lifetimes:
+    def _layers(self) -> Lifetimes:
         """Forward and backward without head and loss; its last result is the hidden states."""
-        tokens = self._batch["tokens"]
 
         def hidden_sum(model: nn.Module) -> tuple[mx.array, mx.array]:
-            hidden, _ = hidden_and_head(model, tokens)
+            hidden, _ = hidden_and_head(model, self.batch["tokens"])
             return hidden.astype(mx.float32).sum(), hidden
 
         def function(model: nn.Module) -> list[mx.array]:
             (total, hidden), grads = nn.value_and_grad(model, hidden_sum)(model)
-            return [total, *(g for _, g in tree_flatten(grads)), hidden]
+            return [total, *(grad for _, grad in tree_flatten(grads)), hidden]
 
-        with _experts_frozen(self.planned.model):
-            return _trace_model(self.planned.model, function, [])
+        return _trace_model(self.planned.model, function, [])
 
     @cached_property
     def _update_excess(self) -> float:
@@ -246,17 +271,17 @@ class Footprints:
         examples = [mx.zeros(part.shape, dtype=part.dtype) for part in trained]
 
         def function(*arrays: mx.array) -> list[mx.array]:
-            tree = tree_unflatten([(part.name, a) for part, a in zip(trained, arrays, strict=False)])
+            tree = tree_unflatten([(part.name, a) for part, a in zip(trained, arrays)])
             holder = nn.Module()
             dict.update(holder, tree)
             optimizer = Optimizer(tree, self.recipe.optimizer)
-            grads = [(part.name, g) for part, g in zip(trained, arrays[len(trained) :], strict=True)]
+            grads = [(part.name, g) for part, g in zip(trained, arrays[len(trained) :])]
             optimizer.update(holder, tree_unflatten(grads), 1e-3)
             updated = [value for _, value in tree_flatten(holder.trainable_parameters())]
             return [*updated, *(state for _, state in optimizer.tensors())]
 
         graph = trace(function, [*examples, *examples])
-        given_up = {name: part.num_bytes for name, part in zip(graph.inputs, trained, strict=False)}
+        given_up = {name: part.num_bytes for name, part in zip(graph.inputs, trained)}
         peak = lifetimes(graph, given_up).bytes_over_time().max()
         return peak - sum(given_up.values()) - optimizer_bytes(trained, self.recipe)
 
@@ -275,21 +300,6 @@ def _elements(parts: list[Part]) -> int:
     return sum(part.size for part in parts)
 
 
-def _trace_step(planned: PlannedModel, batch: dict[str, mx.array], accumulates: bool) -> Lifetimes:
-    """Loss and gradients of one micro-batch, added to those of earlier ones where `accumulates`."""
-    trainable = tree_flatten(planned.model.trainable_parameters())
-    sums = [mx.zeros(p.shape) for _, p in trainable] if accumulates else []
-
-    def function(model: nn.Module, *earlier: mx.array) -> list[mx.array]:
-        (loss, num_tokens), grads = nn.value_and_grad(model, planned.loss)(model, batch)
-        gradients = [g for _, g in tree_flatten(grads)]
-        if accumulates:
-            gradients = [s + g.astype(s.dtype) for s, g in zip(earlier, gradients, strict=True)]
-        return [loss, num_tokens, *gradients]
-
-    return _trace_model(planned.model, function, sums)
-
-
 @contextlib.contextmanager
 def _experts_frozen(model: nn.Module) -> Iterator[None]:
     """Freeze expert layers for a while: MLX cannot export the operation that makes their weights' gradients."""
@@ -300,7 +310,7 @@ def _experts_frozen(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, names in zip(experts, frozen_before, strict=True):
+        for module, names in zip(experts, frozen_before):
             module._no_grad = names
 
 
@@ -313,12 +323,13 @@ def _trace_model(model: nn.Module, function: Callable, arguments: list[mx.array]
     names = [name for name, _ in parameters]
 
     def traced(*arrays: mx.array) -> list[mx.array]:
-        model.update(tree_unflatten(list(zip(names, arrays[: len(names)], strict=True))))
+        model.update(tree_unflatten(list(zip(names, arrays[: len(names)]))))
         return function(model, *arrays[len(names) :])
 
     try:
-        graph = trace(traced, [*(p for _, p in parameters), *arguments])
+        with _experts_frozen(model):
+            graph = trace(traced, [*(p for _, p in parameters), *arguments])
     finally:
         model.update(tree_unflatten(parameters))
-    given_up = dict(zip(graph.inputs[len(names) :], (a.nbytes for a in arguments), strict=True))
+    given_up = dict(zip(graph.inputs[len(names) :], (a.nbytes for a in arguments)))
     return lifetimes(graph, given_up)

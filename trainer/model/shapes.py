@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from comm import MeshShape
 from parallel.pipeline import check_split, check_stages
@@ -28,7 +27,6 @@ from trainer.model.lora import DropoutKeys
 from trainer.model.method import prepare_model
 from trainer.recipe.config import ModelConfig, Recipe
 from trainer.recipe.paths import require_paths
-from trainer.training.loss import TokenLoss
 
 _GROUP_SIZES = {"mxfp4": 32, "mxfp8": 32, "nvfp4": 16, "affine": 64}
 # Formats of `quantization_config` that name the format only; the bits and mode that MLX gives them.
@@ -47,20 +45,17 @@ class PlannedModel:
 
     Attributes:
         model: with adapters and frozen parameters as in a run; its arrays are lazy and must stay so.
-        loss: the run's loss function.
+        keys: of its dropout.
+        is_packed: whether rows are packed.
         text_config: the part of the config that describes the language model.
         notices: what was assumed.
     """
 
     model: nn.Module
-    loss: TokenLoss
+    keys: DropoutKeys
+    is_packed: bool
     text_config: dict[str, Any]
     notices: tuple[str, ...]
-
-    @property
-    def trainable(self) -> set[str]:
-        """Names of the parameters that are trained."""
-        return {name for name, _ in tree_flatten(self.model.trainable_parameters())}
 
 
 def planned_model(recipe: Recipe) -> PlannedModel:
@@ -89,7 +84,7 @@ def planned_model(recipe: Recipe) -> PlannedModel:
     prepare_model(recipe, base, keys)
     checkpoint_layers(base.model.layers, recipe.gradient_checkpointing)
     base.model.train()
-    return PlannedModel(base.model, TokenLoss(keys, is_packed), text_config, tuple(notices))
+    return PlannedModel(base.model, keys, is_packed, text_config, tuple(notices))
 
 
 def check_mesh(recipe: Recipe, mesh: MeshShape) -> None:
