@@ -7,7 +7,8 @@ scaled to the mesh (`footprint`): tensor parallelism divides all but the residua
 layers' share for each micro-batch in flight. Not in it: what a device allocates ahead of time, kernels' scratch
 space, fragments, the gradients of expert layers' weights while they are made.
 
-Planned over measured on CPUs, models of more than 200 MB: 0.95 to 1.00 on one rank, 0.9 to 1.15 on two ranks of any axis.
+Planned over measured on CPUs, models of more than 200 MB: 0.95 to 1.00 on one rank, 0.92 to 1.15 on two ranks of any
+axis, but 1.21 where all weights are trained, replicated and not checkpointed.
 """
 
 from .footprint import Footprint, MemoryPlan, plan_memory

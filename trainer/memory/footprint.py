@@ -1,10 +1,7 @@
-"""Memory of one rank of a run, from shapes: weights, gradients, optimizer, and what a step needs beside them.
+"""Memory of one rank of a run: exact for weights, gradients and optimizer; for the rest of a step, scaled from its graph.
 
-The first three are exact. The rest comes from the graph of one training step (`trainer.memory.liveness`), traced
-once on one device and scaled to the mesh: a pipeline stage keeps its layers' share for each micro-batch in
-flight, and tensor parallelism divides all but the residual stream.
-
-Letters: B rows of a micro-batch, L tokens of a row.
+The graph (`trainer.memory.liveness`) is that of one device, traced once: a pipeline stage keeps its layers' share for
+each micro-batch in flight, and tensor parallelism divides all but the residual stream.
 """
 
 from __future__ import annotations
@@ -16,7 +13,6 @@ from functools import cached_property
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.lora import LoRASwitchLinear
 
@@ -136,10 +132,10 @@ class MemoryPlan:
         gradients = sum(part.size * self._gradient_item_bytes(part, mesh, accumulation) for part in trained)
         optimizer = optimizer_bytes(trained, self.recipe)
         buffers = self._buffers(mesh, stage, trained, gradients)
-        step = self._step_peak(mesh, accumulation, stage, trained, gradients)
-        update = gradients + self._update_excess * _elements(trained) / _elements(self._all_trained)
+        step = self._step_peak(mesh, accumulation, stage, gradients)
+        excess = self._update_excess * sum(part.size for part in trained) / sum(part.size for part in self._all_trained)
         # Gathered weights and gradients on their way are gone when the optimizer begins.
-        most = max(step + buffers, update + self._group_bytes(mesh))
+        most = max(step + buffers, gradients + excess + self._group_bytes(mesh))
         return Footprint(weights, gradients, optimizer, buffers, round(most - gradients - buffers))
 
     def _gradient_item_bytes(self, part: Part, mesh: MeshShape, accumulation: int) -> int:
@@ -167,53 +163,31 @@ class MemoryPlan:
             unit = part.name.rpartition(".")[0] if part.layer is None else part.layer
             weights[unit] = weights.get(unit, 0) + part.num_bytes
             gradients[unit] = gradients.get(unit, 0) + part.num_bytes * part.trainable
-        order = sorted(weights, key=lambda unit: (not _is_embedding(unit), isinstance(unit, str), unit))
+        order = sorted(weights, key=lambda unit: ("embed" not in str(unit), isinstance(unit, str), unit))
         sizes = [0, *(weights[unit] for unit in order), 0]
-        return max(
-            weights[unit] + gradients[unit] + max(sizes[i], sizes[i + 2]) for i, unit in enumerate(order)
-        )
+        return max(weights[unit] + gradients[unit] + max(sizes[i], sizes[i + 2]) for i, unit in enumerate(order))
 
-    def _step_peak(
-        self, mesh: MeshShape, accumulation: int, stage: int, trained: list[Part], gradients: int
-    ) -> float:
+    def _step_peak(self, mesh: MeshShape, accumulation: int, stage: int, gradients: int) -> float:
         """Most bytes of activations and gradients at any time of forward and backward."""
-        whole_share = 1 / mesh.tp
+        hidden_dims = self.planned.text_config.get("hidden_size", 0)
 
         def activation(buffer: Buffer) -> float:
-            is_residual = bool(buffer.shape) and buffer.shape[-1] == self._hidden_dims
-            return 0.0 if buffer.is_result else buffer.num_bytes * (1.0 if is_residual else whole_share)
+            is_residual = bool(buffer.shape) and buffer.shape[-1] == hidden_dims
+            return 0.0 if buffer.is_result else buffer.num_bytes * (1.0 if is_residual else 1 / mesh.tp)
 
-        over_time = self._adding_step if accumulation > 1 else self._plain_step
-        alive = over_time.bytes_over_time(activation)
-        growing = over_time.bytes_over_time(lambda b: float(b.num_bytes) if b.is_result else 0.0)
-        if mesh.pp > 1:
-            return gradients + self._pipeline_peak(mesh, accumulation, stage, alive, activation)
-        total = growing.max() or 1.0
-        return float((alive + growing * (gradients / total)).max())
-
-    def _pipeline_peak(
-        self,
-        mesh: MeshShape,
-        accumulation: int,
-        stage: int,
-        alive: np.ndarray,
-        activation: Callable[[Buffer], float],
-    ) -> float:
-        """One stage's kept activations of all micro-batches in flight, and its work on one of them."""
+        step = self._adding_step if accumulation > 1 else self._plain_step
+        alive = step.bytes_over_time(activation)
+        if mesh.pp == 1:
+            growing = step.bytes_over_time(lambda b: float(b.num_bytes) if b.is_result else 0.0)
+            return float((alive + growing * (gradients / (growing.max() or 1.0))).max())
+        # A stage keeps its share of the activations of all micro-batches in flight, and works on one of them.
+        layers = self._layers.bytes_over_time(activation)
+        kept = layers[self._layers.made_at[-1]]
+        work = (alive if stage == mesh.pp - 1 else layers).max() - kept
+        is_early = self.recipe.parallel.schedule == "1f1b"
+        in_flight = min(accumulation, mesh.pp - stage) if is_early else accumulation
         split = self.split(mesh.pp)
-        layers = self._layers
-        over_time = layers.bytes_over_time(activation)
-        kept = over_time[layers.made_at[-1]]
-        in_flight = min(
-            accumulation, mesh.pp - stage if self.recipe.parallel.schedule == "1f1b" else accumulation
-        )
-        is_last = stage == mesh.pp - 1
-        work = (alive if is_last else over_time).max() - kept
-        return in_flight * kept * split[stage] / sum(split) + max(work, 0.0)
-
-    @property
-    def _hidden_dims(self) -> int:
-        return self.planned.text_config.get("hidden_size", 0)
+        return gradients + in_flight * kept * split[stage] / sum(split) + max(work, 0.0)
 
     @cached_property
     def _all_trained(self) -> list[Part]:
@@ -290,14 +264,6 @@ def optimizer_bytes(trained: list[Part], recipe: Recipe) -> int:
     """Bytes of the optimizer's state for parts of these shapes: of the run's own optimizer, never evaluated."""
     tree = tree_unflatten([(part.name, mx.zeros(part.shape, dtype=part.dtype)) for part in trained])
     return sum(array.nbytes for _, array in Optimizer(tree, recipe.optimizer).tensors())
-
-
-def _is_embedding(unit: int | str) -> bool:
-    return isinstance(unit, str) and "embed" in unit
-
-
-def _elements(parts: list[Part]) -> int:
-    return sum(part.size for part in parts)
 
 
 @contextlib.contextmanager

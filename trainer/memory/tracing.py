@@ -112,8 +112,8 @@ def _exported(function: Callable[..., list[mx.array]], arguments: Sequence[mx.ar
         parts[part["type"]] = part
         if part["type"] == "primitive":
             inputs = tuple(name for name, _, _ in part["inputs"])
-            names, shapes, dtypes = zip(*part["outputs"], strict=True)
-            num_bytes = tuple(prod(shape) * dtype.size for shape, dtype in zip(shapes, dtypes, strict=True))
+            names, shapes, dtypes = zip(*part["outputs"])
+            num_bytes = tuple(prod(shape) * dtype.size for shape, dtype in zip(shapes, dtypes))
             operations.append(Operation(part["name"], inputs, names, shapes, num_bytes))
 
     mx.export_function(receive, function, *arguments)
@@ -142,7 +142,7 @@ def _joined(graph: Graph, calls: list[_Call], outputs: tuple[str, ...]) -> Graph
         made = (maker[result.linked] for result in read)
         columns = ((op.outputs[0], op.shapes[0], op.num_bytes[0]) for op in made)
         if read:
-            joint = Operation("CustomTransforms", inputs, *zip(*columns, strict=True))
+            joint = Operation("CustomTransforms", inputs, *zip(*columns))
             maker |= dict.fromkeys(joint.outputs, joint)
 
     def final(names: Sequence[str]) -> tuple[str, ...]:
@@ -193,20 +193,19 @@ class _CustomFunction:
         assert self.backward is not None, "a custom function without a gradient cannot be traced"
         primals = tuple(map(mx.stop_gradient, args))
         outputs = self.function(*primals)
-        paths, values = zip(*((path, mx.stop_gradient(array)) for path, array in tree_flatten(outputs)), strict=True)
+        paths, values = zip(*((path, mx.stop_gradient(array)) for path, array in tree_flatten(outputs)))
 
         def like_outputs(arrays: Sequence[mx.array]) -> Any:
-            return arrays[0] if isinstance(outputs, mx.array) else tree_unflatten(list(zip(paths, arrays, strict=True)))
+            return arrays[0] if isinstance(outputs, mx.array) else tree_unflatten(list(zip(paths, arrays)))
 
         cotangents = [_mark(value) for value in values]
-        gradients = self.backward(
-            primals[0] if len(args) == 1 else primals, like_outputs(cotangents), like_outputs(values)
-        )
+        given = primals[0] if len(args) == 1 else primals
+        gradients = self.backward(given, like_outputs(cotangents), like_outputs(values))
         gradients = [gradients] if isinstance(gradients, mx.array) else gradients
-        arguments = [_Argument(a, _mark(a), g) for a, g in zip(args, gradients, strict=False) if _is_float(a)]
+        arguments = [_Argument(a, _mark(a), g) for a, g in zip(args, gradients) if _is_float(a)]
         total = sum(((array * mark).sum() for array, mark, _ in arguments), mx.array(0.0))
         results = []
-        for value, cotangent in zip(values, cotangents, strict=True):
+        for value, cotangent in zip(values, cotangents):
             mark = _mark(value)
             linked = value + mark * mx.broadcast_to(total.astype(value.dtype), value.shape)
             results.append(_Result(value, mark, cotangent, linked))
@@ -218,10 +217,10 @@ def _checkpoint(function: Callable, calls: list[_Call]) -> Callable:
     """Stands in for `mx.checkpoint`: the backward pass computes the function again, after the forward pass."""
 
     def call(*args: Any) -> Any:
-        paths, arrays = zip(*tree_flatten(list(args)), strict=True)
+        paths, arrays = zip(*tree_flatten(list(args)))
 
         def flat(*arrays: mx.array) -> Any:
-            return function(*tree_unflatten(list(zip(paths, arrays, strict=True))))
+            return function(*tree_unflatten(list(zip(paths, arrays))))
 
         def backward(primals: Any, cotangents: Any, outputs: Any) -> list[mx.array]:
             primals = primals if len(paths) > 1 else (primals,)
