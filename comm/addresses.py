@@ -34,12 +34,17 @@ def own_addresses(environ: Mapping[str, str]) -> dict[str, Any]:
 
 def host_address() -> str:
     """This host's IPv4 address on the network its default route leads to, else 127.0.0.1."""
+    return address_towards("192.0.2.1") or "127.0.0.1"  # a documentation address
+
+
+def address_towards(destination: str) -> str:
+    """This host's IPv4 address on the network, or the cable, that leads to `destination`; "" where none does."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect(("192.0.2.1", 9))  # a documentation address; nothing is sent
+            probe.connect((destination, 9))  # nothing is sent
             return probe.getsockname()[0]
         except OSError:
-            return "127.0.0.1"
+            return ""
 
 
 def is_reachable_ipv4(address: str) -> bool:

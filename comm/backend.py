@@ -16,12 +16,13 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from comm.agent_watch import watch_agent
 from comm.capabilities import CAPABILITIES, missing_variables
 from comm.environment import environment, ring_hosts
 from comm.group import Group
 from comm.memory import keep_freed_memory
 from comm.rendezvous import rendezvous_of
-from comm.subgroups import SubGroups
+from comm.subgroups import SubGroups, spend_first_message
 from comm.watchdog import start_watchdog, timeout_seconds
 
 CONNECT_SECONDS = 60.0  # at least; a busy machine takes seconds to start its ranks
@@ -70,6 +71,7 @@ def _chosen(backend: str, environ: Mapping[str, str]) -> str | None:
 
 @functools.cache
 def _world(backend: str) -> Group:
+    watch_agent()
     size = 1 if backend == "none" else _launched_size(backend, os.environ)
     on_host = size != 1 and CAPABILITIES[backend].device == "cpu"
     if on_host or mx.default_device() == mx.cpu:
@@ -102,11 +104,14 @@ def _connect_all_ranks(backend: str) -> mx.distributed.Group:
         if not mx.distributed.is_available(name):
             raise ValueError(f"This build of MLX has no {backend} backend.")
         try:
-            return mx.distributed.init(strict=True, backend=name)
+            native = mx.distributed.init(strict=True, backend=name)
         except RuntimeError as error:
             if backend != "ring" or "Couldn't connect" not in str(error):
                 raise
             raise ConnectionError(_unreached(os.environ, str(error))) from None
+    if CAPABILITIES[backend].spoils_first_message:
+        spend_first_message(native)
+    return native
 
 
 def _unreached(environ: Mapping[str, str], reason: str) -> str:

@@ -23,6 +23,7 @@ class Capabilities:
         device: The device whose streams the collectives run on.
         shared_stream: All groups of the process must use one stream (MPI is single-threaded).
         max_ranks: Largest group, or None.
+        spoils_first_message: The first message after connecting can arrive damaged, so one is spent.
         widen: Types that a reduction must not get, and the type that carries their values.
         variables: The environment it is started with; alternatives separated by "|".
     """
@@ -34,6 +35,7 @@ class Capabilities:
     device: Literal["cpu", "gpu"]
     shared_stream: bool = False
     max_ranks: int | None = None
+    spoils_first_message: bool = False
     widen: Mapping[str, str] = field(default_factory=dict)
     variables: tuple[str, ...] = ()
 
@@ -51,11 +53,11 @@ CAPABILITIES: Mapping[str, Capabilities] = MappingProxyType(
             widen={"bool": "int32"}, variables=("MLX_RANK", "MLX_HOSTFILE"),
         ),
         "jaccl": Capabilities(
-            "jaccl", False, True, "any", "cpu", max_ranks=8,
+            "jaccl", False, True, "any", "cpu", max_ranks=8, spoils_first_message=True,
             widen={"bool": "int32"}, variables=_JACCL_VARIABLES,
         ),
         "jaccl-ring": Capabilities(
-            "jaccl-ring", False, True, "neighbours", "cpu",
+            "jaccl-ring", False, True, "neighbours", "cpu", spoils_first_message=True,
             widen={"bool": "int32"}, variables=(*_JACCL_VARIABLES, "JACCL_RING|MLX_JACCL_RING"),
         ),
         "mpi": Capabilities(

@@ -100,6 +100,18 @@ def _rule(axis: str, world_backend: str, shape: MeshShape, has_rdma: bool) -> st
     return world_backend
 
 
+def _require_one_jaccl_mesh(world: Group, wishes: Mapping[str, Wish]) -> None:
+    """Refuse what ends the process inside MLX, without an error: a mesh takes most of a device's memory regions."""
+    meshes = [name for name, wish in wishes.items() if wish.backend == "jaccl"]
+    if world.backend == "jaccl":
+        meshes = ["the world", *meshes]
+    if len(meshes) > 1:
+        raise ValueError(
+            f"{' and '.join(meshes)} would be JACCL meshes side by side, but an RDMA device has memory regions for one "
+            "(mlx#3162). Give one of them JACCL, and the others ring."
+        )
+
+
 def _has_rdma() -> bool:
     return not missing_variables("jaccl", os.environ)
 
@@ -125,6 +137,7 @@ def _build(
             groups[name] = world.split(members[0])
         elif twin == name:
             wishes[name] = Wish(world, members[0], backend=backend)
+    _require_one_jaccl_mesh(world, wishes)
     if wishes:
         maker = world.splitter or SubGroups(world)
         groups.update(zip(wishes, maker.split(list(wishes.values())), strict=True))

@@ -18,7 +18,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from comm.addresses import own_addresses, reserve_ports
+from comm.addresses import address_towards, own_addresses, reserve_ports
 from comm.environment import environment
 from comm.group import Group
 from comm.objects import all_gather_object
@@ -63,7 +63,7 @@ class SubGroups:
         ) as ports:
             ports = all_gather_object(ports, self.world)
             groups = [
-                self._start(wish, line, [ports[rank][i] for rank in line])
+                self._start(wish, line, _equally_many([ports[rank][i] for rank in line]))
                 for i, (wish, line) in enumerate(zip(wishes, lineups, strict=True))
             ]
             self._restore_default([row[-1] for row in ports])
@@ -120,14 +120,24 @@ def _lineup(table: list[Any], i: int, wish: Wish) -> list[int]:
 def _own(table: list[Any], line: list[int], rank: int) -> list[str]:
     """Where this rank listens in a ring of `line`: the addresses its predecessor can reach.
 
-    A cable of the world's ring leads to one neighbour only; any other rank needs the address
-    that all hosts reach.
+    A cable of the world's ring leads to one neighbour only. Where the predecessor is the one before in the world's ring
+    too, the addresses are the hostfile's; where it is the one after, they are this host's own ends of the cables to the
+    addresses of that one. Any other rank needs the address that all hosts reach.
     """
     addresses = table[rank][0]
-    before = line[line.index(rank) - 1]
-    if before == (rank - 1) % len(table) or not addresses["control"]:
+    before, size = line[line.index(rank) - 1], len(table)
+    if before == (rank - 1) % size or not addresses["control"]:
         return addresses["ring"]
+    if before == (rank + 1) % size:
+        ends = [address_towards(address) for address in table[before][0]["ring"]]
+        return [end for end in ends if end] or [addresses["control"]]
     return [addresses["control"]]
+
+
+def _equally_many(hosts: list[list[str]]) -> list[list[str]]:
+    """As many addresses of every rank as of the one that has the fewest; MLX connects them pairwise."""
+    fewest = min(map(len, hosts))
+    return [addresses[:fewest] for addresses in hosts]
 
 
 def _start_ring(
@@ -165,9 +175,13 @@ def _start_jaccl(
         ours |= {f"MLX_{name}": variables[name] for name in ("RANK", "IBV_DEVICES")}
         with environment(**theirs, **ours):
             native = mx.distributed.init(strict=True, backend="jaccl")
-    # The first message after connecting can arrive damaged, so one is spent here.
-    mx.eval(mx.distributed.all_sum(mx.zeros((1,)), group=native, stream=mx.cpu))
+    spend_first_message(native)
     return native
+
+
+def spend_first_message(native: mx.distributed.Group) -> None:
+    """Send a message that counts for nothing: the first one after JACCL has connected can arrive damaged."""
+    mx.eval(mx.distributed.all_sum(mx.zeros((1,)), group=native, stream=mx.cpu))
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The training step that is the same on 1 and on N ranks: `value_and_grad`.
 
 Losses and gradients are summed locally over micro-batches, summed over the data-parallel ranks, and divided
-once by the number of target tokens of all of them. So the result does not depend on how a batch is cut into
+once by the weight (for a language model the number of target tokens) of all of them. So the result does not depend on how a batch is cut into
 ranks and micro-batches, also when they hold different numbers of target tokens.
 """
 
@@ -57,12 +57,12 @@ class StepTimes:
 def value_and_grad(
     model: nn.Module, loss_fn: LossFn, *, compile_local: bool = False, row_threads: RowThreads | None = None
 ) -> Step:
-    """Build `step(micro_batches) -> (loss, grads, num_tokens)` for a plain or wrapped model.
+    """Build `step(micro_batches) -> (loss, grads, weight)` for a plain or wrapped model.
 
     Args:
         model: an `nn.Module`, or one wrapped by this package's wrappers.
-        loss_fn: `loss_fn(model, batch) -> (loss_sum, num_tokens)`: the SUM of the token losses of one
-            micro-batch (float32 scalar) and how many tokens it is a sum over.
+        loss_fn: `loss_fn(model, batch) -> (loss_sum, weight)`: the SUM of the losses of one micro-batch (float32
+            scalar) and what it is a sum over: how many tokens or pairs, or their weights (scalar, not negative).
         compile_local: trace forward and backward of a micro-batch once per shape with `mx.compile`. `loss_fn` then
             cannot read values (`.item()`), and the model's flags are those of the first call. Summing over
             micro-batches and ranks stays outside. No effect under TensorParallel, PipelineParallel and
@@ -72,9 +72,9 @@ def value_and_grad(
 
     Returns:
         `step`: takes this rank's micro-batches, each `{"tokens": (B, L) int32, "mask": (B, L) bool,
-        "segments": (B, L) int32}`, and returns the mean loss over all target tokens of all ranks and
-        micro-batches (float32 scalar), the gradients of that mean (the tree of
-        `model.trainable_parameters()`) and the token count. All three are lazy with one micro-batch; with
+        "segments": (B, L) int32}`, and returns the loss of all ranks and micro-batches over their weight
+        (float32 scalar), the gradients of that mean (the tree of
+        `model.trainable_parameters()`) and the weight. All three are lazy with one micro-batch; with
         more, each micro-batch is evaluated before the next so that only one holds activations, and so is what
         `row_threads` computed.
         `step(micro_batches, times)` fills a `StepTimes`; every rank must then pass one.
@@ -89,9 +89,9 @@ def value_and_grad(
 
     def step(micro_batches: Sequence[Batch], times: StepTimes | None = None) -> tuple[mx.array, Any, mx.array]:
         with state.step():
-            loss, num_tokens, grads = local_step(micro_batches)
+            loss, weight, grads = local_step(micro_batches)
         if times is not None:
-            times.end("local", [loss, num_tokens, grads])
+            times.end("local", [loss, weight, grads])
             for group in state.loss_groups:
                 group.barrier()
             times.end("skew")
@@ -100,17 +100,18 @@ def value_and_grad(
         if times is not None:
             times.end("reduce", grads)
         for group in state.loss_groups:
-            loss, num_tokens = group.all_sum(loss), group.all_sum(num_tokens)
-        # A batch without any target token has zero gradients, not NaN.
-        divisor = mx.maximum(num_tokens, 1).astype(mx.float32)
-        grads = tree_map(lambda g: g / divisor.astype(g.dtype), grads)
-        return loss / divisor, grads, num_tokens
+            loss, weight = group.all_sum(loss), group.all_sum(weight)
+        # A batch without any weight has zero gradients, not NaN.
+        divisor = mx.where(weight > 0, weight, 1).astype(mx.float32)
+        # In float32: as a bfloat16 the weight may be off by 0.4 %.
+        grads = tree_map(lambda g: (g.astype(mx.float32) / divisor).astype(g.dtype), grads)
+        return loss / divisor, grads, weight
 
     return step
 
 
 def _accumulate(model: nn.Module, loss_fn: LossFn, compile_local: bool, row_threads: RowThreads | None) -> Callable:
-    """Forward and backward of each micro-batch in turn; returns sums (loss, num_tokens, grads)."""
+    """Forward and backward of each micro-batch in turn; returns sums (loss, weight, grads)."""
     state = parallel_state(model)
     of_batch = _whole(model, loss_fn, compile_local and state.is_local)
     if row_threads and state.is_local:
@@ -133,7 +134,7 @@ def _accumulate(model: nn.Module, loss_fn: LossFn, compile_local: bool, row_thre
 
 
 def _whole(model: nn.Module, loss_fn: LossFn, compile_local: bool) -> Callable[[Batch], list[Any]]:
-    """One micro-batch at once: its [loss_sum, num_tokens, grads]."""
+    """One micro-batch at once: its [loss_sum, weight, grads]."""
     phases = parallel_state(model).phases
 
     def forward(model: nn.Module, batch: Batch) -> tuple[mx.array, mx.array]:
@@ -147,11 +148,11 @@ def _whole(model: nn.Module, loss_fn: LossFn, compile_local: bool) -> Callable[[
 
     def of_batch(batch: Batch) -> list[Any]:
         with phases.recording() as trace:
-            (loss, num_tokens), grads = loss_and_grad(model, batch)
+            (loss, weight), grads = loss_and_grad(model, batch)
         if trace.calls:
-            phases.evaluate_forward(trace, (loss, num_tokens))
+            phases.evaluate_forward(trace, (loss, weight))
             phases.evaluate_backward(trace, grads)
-        return [loss, num_tokens, grads]
+        return [loss, weight, grads]
 
     return of_batch
 
@@ -166,30 +167,30 @@ def _sliced(model: nn.Module, loss_fn: LossFn, row_threads: RowThreads, whole: C
     return of_batch
 
 
-def evaluate(model: nn.Module, loss_fn: LossFn) -> Callable[[Iterable[Batch]], tuple[float, int]]:
-    """Build `run(batches) -> (loss, num_tokens)`: the mean loss over the batches of all ranks, without gradients.
+def evaluate(model: nn.Module, loss_fn: LossFn) -> Callable[[Iterable[Batch]], tuple[float, float]]:
+    """Build `run(batches) -> (loss, weight)`: the mean loss over the batches of all ranks, without gradients.
 
     Args:
         model: as for `value_and_grad`.
         loss_fn: as for `value_and_grad`.
 
     Returns:
-        `run`: takes this rank's batches (equally many on every rank) and returns the mean over all target
-        tokens of all ranks, and their number.
+        `run`: takes this rank's batches (equally many on every rank) and returns the loss of all
+        ranks over its weight, and that.
     """
     state = parallel_state(model)
     forward = partial(state.forward, loss_fn) if state.forward else loss_fn
 
-    def run(batches: Iterable[Batch]) -> tuple[float, int]:
-        loss, num_tokens = mx.array(0.0), mx.array(0)
+    def run(batches: Iterable[Batch]) -> tuple[float, float]:
+        loss, weight = mx.array(0.0), mx.array(0)
         for batch in batches:
             with state.phases.recording() as trace:
-                batch_loss, batch_tokens = forward(model, batch)
-            state.phases.evaluate_forward(trace, (batch_loss, batch_tokens))
-            loss, num_tokens = loss + batch_loss, num_tokens + batch_tokens
-            mx.eval(loss, num_tokens)
+                batch_loss, batch_weight = forward(model, batch)
+            state.phases.evaluate_forward(trace, (batch_loss, batch_weight))
+            loss, weight = loss + batch_loss, weight + batch_weight
+            mx.eval(loss, weight)
         for group in state.loss_groups:
-            loss, num_tokens = group.all_sum(loss), group.all_sum(num_tokens)
-        return loss.item() / max(1, num_tokens.item()), num_tokens.item()
+            loss, weight = group.all_sum(loss), group.all_sum(weight)
+        return loss.item() / (weight.item() or 1), weight.item()
 
     return run

@@ -65,13 +65,13 @@ class RowThreads:
         self._end()
 
     def sums(self, model: nn.Module, loss_and_grad: Callable, batch: Batch) -> list[Any] | None:
-        """[loss_sum, num_tokens, grads] of a micro-batch, evaluated, or None where one thread would do all.
+        """[loss_sum, weight, grads] of a micro-batch, evaluated, or None where one thread would do all.
 
         Gradients have their parameters' dtypes. What a forward pass assigns to the model's arrays is lost.
 
         Args:
             model: what `loss_and_grad` is called with.
-            loss_and_grad: `loss_and_grad(model, batch) -> ((loss_sum, num_tokens), grads)`.
+            loss_and_grad: `loss_and_grad(model, batch) -> ((loss_sum, weight), grads)`.
             batch: every array in it has the rows as its first axis.
 
         Raises:
@@ -132,11 +132,11 @@ class RowThreads:
             own = model.parameters()
             try:
                 with _noted_outputs(getattr(model, "layers", [])) as outputs:
-                    (loss, num_tokens), grads = loss_and_grad(model, batch)
+                    (loss, weight), grads = loss_and_grad(model, batch)
             finally:
                 # What a trace puts in their place belongs to this thread; after an error also that of frozen ones.
                 model.update(own)
-            return add_sums(total, [loss, num_tokens, grads]), outputs
+            return add_sums(total, [loss, weight, grads]), outputs
 
 
 def _rows_of(batch: Batch, rows: slice) -> Batch:
@@ -183,7 +183,7 @@ def _noting(call: Callable, outputs: list[Any]) -> Callable:
     return noting_call
 
 
-def _evaluate(outputs: list[Any], loss: mx.array, num_tokens: mx.array, grads: Any) -> None:
+def _evaluate(outputs: list[Any], loss: mx.array, weight: mx.array, grads: Any) -> None:
     """Evaluates what the layers returned, the loss, and gradients with the last layer's first: in many small steps.
 
     MLX lets all threads together run some 100 operations ahead. A thread that is asked for a whole pass at once takes
@@ -192,6 +192,6 @@ def _evaluate(outputs: list[Any], loss: mx.array, num_tokens: mx.array, grads: A
     outputs.reverse()
     while outputs:
         mx.eval(outputs.pop())
-    mx.eval(loss, num_tokens)
+    mx.eval(loss, weight)
     for _, grad in reversed(tree_flatten(grads)):
         mx.eval(grad)

@@ -32,9 +32,9 @@ class ParallelState:
         reducers: functions that sum a gradient tree over the data-parallel ranks, applied in order.
         fusions: what sums whole gradients over the replicas; tells the bytes of its messages.
         loss_groups: groups over which loss sums and token counts are summed.
-        runner: `runner(loss_fn) -> run(micro_batches) -> (loss_sum, num_tokens, grads)` in place of the plain
+        runner: `runner(loss_fn) -> run(micro_batches) -> (loss_sum, weight, grads)` in place of the plain
             forward and backward of the micro-batches (pipeline), or None.
-        forward: `forward(loss_fn, model, batch) -> (loss_sum, num_tokens)` in place of `loss_fn`, or None.
+        forward: `forward(loss_fn, model, batch) -> (loss_sum, weight)` in place of `loss_fn`, or None.
         phases: evaluates a traced pass in steps.
         repeated: names of parameters that another pipeline stage has too, and counts (tied embeddings).
         in_step: a step of `parallel.value_and_grad` is computing this rank's gradients.

@@ -15,6 +15,7 @@ __version__ = "0.2.0"
 
 _HOME = {
     "Callbacks": "trainer.running.run",
+    "Objective": "trainer.objectives.objective",
     "Recipe": "trainer.recipe.config",
     "RunResult": "trainer.running.run",
     "load_recipe": "trainer.recipe.load",

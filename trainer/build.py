@@ -31,13 +31,14 @@ from trainer.model.flops import peak_tflops, token_flops
 from trainer.model.loading import materialize, pad_token
 from trainer.model.lora import DropoutKeys, LoRASpec, limits_on_experts
 from trainer.model.method import prepare_model
+from trainer.objectives.objective import Objective
 from trainer.opening import Opened, open_recipe
 from trainer.recipe.config import ParallelConfig, Recipe
 from trainer.recipe.rules import resolve_mesh
 from trainer.training.batches import Share, TrainingBatches
 from trainer.training.evaluation import Evaluator
 from trainer.training.loop import Due, Hooks, Loop
-from trainer.training.loss import TokenLoss
+from trainer.training.loss import StepLoss
 from trainer.training.optim import Optimizer
 from trainer.training.progress import StopRules
 
@@ -62,7 +63,7 @@ class Run:
     world: comm.Group
     mesh: comm.Mesh
     adapter: LoRASpec | None
-    loss: TokenLoss
+    loss: StepLoss
     flops_per_token: float
     batch_dp: int
     compile_step: bool
@@ -177,6 +178,7 @@ class Run:
             "seed": self.recipe.seed,
             "global_batch_size": opened.batch.global_size,
             "optimizer.name": self.recipe.optimizer.name,
+            "objective.name": opened.objective.name,
         }
 
     def digests(self) -> dict[str, str]:
@@ -197,6 +199,7 @@ def build(
     notice: Notice,
     batch_dp: int | None = None,
     compile_step: bool | None = None,
+    objective: Objective | None = None,
 ) -> Run:
     """Open a recipe and build its run. Every rank calls it alike.
 
@@ -207,13 +210,14 @@ def build(
         batch_dp: See `Run`. Default: the data-parallel ranks there are.
         compile_step: See `Run`. Default: on a GPU, where `MLX_DISABLE_COMPILE=1` turns it off; on a CPU MLX would run
             a C++ compiler for every kernel.
+        objective: What is minimised. Default: the recipe's.
 
     Raises:
         ValueError: Something in the recipe cannot be done; the text says what and what is allowed.
     """
     sizes = resolve_mesh(recipe.parallel, world.size)
     keys = DropoutKeys()
-    opened, adapter, flops_per_token = together(world, partial(_open_and_prepare, recipe, sizes, keys, notice))
+    opened, adapter, flops_per_token = together(world, partial(_open_and_prepare, recipe, sizes, keys, notice, objective))
     model = opened.base.model
     mesh = comm.Mesh.build(sizes, world, recipe.parallel.backend)
     wrap(model, recipe.parallel, mesh)
@@ -224,7 +228,7 @@ def build(
         world,
         mesh,
         adapter,
-        TokenLoss(keys, opened.packed),
+        StepLoss(opened.objective, keys, opened.packed),
         flops_per_token,
         batch_dp=batch_dp or sizes.dp,
         compile_step=mx.default_device() == mx.gpu if compile_step is None else compile_step,
@@ -233,10 +237,10 @@ def build(
 
 
 def _open_and_prepare(
-    recipe: Recipe, sizes: comm.MeshShape, keys: DropoutKeys, notice: Notice
+    recipe: Recipe, sizes: comm.MeshShape, keys: DropoutKeys, notice: Notice, objective: Objective | None
 ) -> tuple[Opened, LoRASpec | None, float]:
     """All that a rank builds without the others: a model with its adapters, these, and operations per token."""
-    opened = open_recipe(recipe, sizes, notice)
+    opened = open_recipe(recipe, sizes, notice, objective=objective)
     model = opened.base.model
     adapter = prepare_model(recipe, opened.base, keys)
     for line in limits_on_experts(model, adapter) if adapter else ():

@@ -15,6 +15,7 @@ from comm import MeshShape
 from trainer.agreement import Notice
 from trainer.data import (
     PlannedBatch,
+    RowSequences,
     Splits,
     TokenizedRows,
     bucket_lengths,
@@ -23,8 +24,10 @@ from trainer.data import (
     plan_epoch,
     plan_packed,
 )
-from trainer.layers.segments import packing_supported
+from trainer.model.architectures import packing_supported
 from trainer.model.loading import BaseModel, num_embeddings, open_model, open_tokenizer
+from trainer.objectives.objective import Objective
+from trainer.objectives.table import OBJECTIVES
 from trainer.recipe.config import ModelConfig, Recipe
 from trainer.recipe.paths import require_paths
 from trainer.recipe.rules import BatchSizes, resolve_batch
@@ -41,6 +44,7 @@ class Opened:
         tokenizer: mlx-lm's wrapper of the tokenizer.
         splits: Tokenised training and validation rows.
         base: The model and its config.
+        objective: What is minimised.
         packed: Lines of a batch hold several rows; attention and recurrent state stay inside each.
     """
 
@@ -50,6 +54,7 @@ class Opened:
     tokenizer: TokenizerWrapper
     splits: Splits
     base: BaseModel
+    objective: Objective
     packed: bool
 
     @cached_property
@@ -77,6 +82,7 @@ def open_recipe(
     sizes: MeshShape,
     notice: Notice,
     open_base: Callable[[ModelConfig, int, int], BaseModel] = open_model,
+    objective: Objective | None = None,
 ) -> Opened:
     """Open what a recipe names.
 
@@ -85,6 +91,7 @@ def open_recipe(
         sizes: Sizes of the mesh's axes; the batch depends on the data-parallel ones.
         notice: Gets one line for each thing that the user should know.
         open_base: Opens the base model from its config, the vocabulary's size and a seed.
+        objective: What is minimised. Default: the recipe's.
 
     Raises:
         ValueError: A file, the rows or the model cannot be used; the text says what is allowed.
@@ -92,12 +99,20 @@ def open_recipe(
     batch = resolve_batch(recipe, sizes.dp)
     require_paths(recipe)
     tokenizer = open_tokenizer(recipe.model, partial(corpus, recipe.data, recipe.seed))
-    splits = load_splits(recipe.data, tokenizer, recipe.seed, notice=notice)
+    objective = objective or OBJECTIVES[recipe.objective.name](recipe.objective)
+    splits = load_splits(recipe.data, tokenizer, recipe.seed, notice=notice, sequences=_sequences(objective))
     base = open_base(recipe.model, len(tokenizer), recipe.seed)
     for rows in filter(None, (splits.train, splits.valid)):
         rows.require_ids_below(num_embeddings(base.model))
     packed = decide_packing(recipe, base.model, splits.train, batch.global_size, notice)
-    return Opened(recipe, sizes, batch, tokenizer, splits, base, packed)
+    return Opened(recipe, sizes, batch, tokenizer, splits, base, objective, packed)
+
+
+def _sequences(objective: Objective) -> RowSequences | None:
+    """How rows become sequences, where the objective does not take them as they are."""
+    if type(objective).sequences is Objective.sequences:
+        return None
+    return RowSequences(objective.name, objective.sequences)
 
 
 def decide_packing(recipe: Recipe, model: nn.Module, rows: TokenizedRows, size: int, notice: Notice) -> bool:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from comm.addresses import host_address, is_reachable_ipv4, reserve_ports
+from comm.agent_watch import AGENT
 
 GREETING = "comm-agent "
 ORPHAN_SECONDS = 3.0  # from SIGTERM to SIGKILL once the launcher is gone
@@ -74,7 +75,7 @@ def own_ips(request: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str,
 def start(order: Mapping[str, Any], folder: str) -> subprocess.Popen:
     """Starts the program in a session of its own, so that all its children can be ended."""
     variables = {**os.environ, **order["variables"]}
-    variables["PATH"] = own_path(variables)
+    variables |= {"PATH": own_path(variables), AGENT: str(os.getpid())}
     for name, content in order["files"].items():
         path = Path(folder, name)
         path.write_text(json.dumps(content))

@@ -185,6 +185,15 @@ def _list(row: dict[str, Any], name: str, place: str, problems: list[str]) -> li
     return []
 
 
+def names_every_device(hosts: HostList) -> bool:
+    """Whether the hosts name RDMA devices between all pairs of ranks, as a JACCL mesh of any of them needs."""
+    count = len(hosts.hosts)
+    return count > 1 and all(
+        len(host.rdma) == count and all(host.rdma[other] for other in range(count) if other != rank)
+        for rank, host in enumerate(hosts.hosts)
+    )
+
+
 def _is_host_name(text: str) -> bool:
     """Also of an ssh configuration; a leading dash would be an option of ssh."""
     return bool(text) and text.isprintable() and " " not in text and not text.startswith("-")

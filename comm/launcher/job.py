@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from comm.launcher.hostfile import LOCAL, Host, HostList, check_hosts, check_rdma, read_hostfile
+from comm.launcher.hostfile import LOCAL, Host, HostList, check_hosts, check_rdma, names_every_device, read_hostfile
 
 # The last rank of a ring is the first to call another one, and waits a whole second where rank 0 is not there yet.
 HEAD_START_SECONDS = 0.1
@@ -145,7 +145,8 @@ def make_orders(
         shared["COMM_ADDRESSES"] = json.dumps([greeting["control"] for greeting in greetings])
         shared["COMM_SECRET"] = secret
         files["MLX_HOSTFILE"] = [greeting["ring"] for greeting in greetings]
-        if job.backend.startswith("jaccl"):
+        # A world on ring may have a tensor-parallel group on JACCL.
+        if job.backend.startswith("jaccl") or (job.backend == "ring" and names_every_device(job.hosts)):
             files["MLX_IBV_DEVICES"] = [host.rdma for host in job.hosts.hosts]
             shared["MLX_JACCL_COORDINATOR"] = extra[0]
         if job.backend == "jaccl-ring":

@@ -153,8 +153,20 @@ def _rdma(host: Host, report: Mapping[str, Any]) -> list[Finding]:
             text = f"{host.ssh}: {device} is {state}. Check the cable and the other host."
             findings.append(Finding("fail", text))
         else:
-            findings.append(Finding("pass", f"{host.ssh}: {device} is active"))
+            findings += _rdma_address(host, device, report["interfaces"])
     return findings
+
+
+def _rdma_address(host: Host, device: str, interfaces: Mapping[str, Any]) -> list[Finding]:
+    """JACCL addresses a device by its interface's IPv4 address, so one without cannot be connected."""
+    interface = device.removeprefix("rdma_")
+    if interfaces.get(interface, {"ips": ["unlisted"]})["ips"]:
+        return [Finding("pass", f"{host.ssh}: {device} is active")]
+    text = (
+        f"{host.ssh}: {interface} has no IPv4 address, which {device} needs. Run mlx.distributed_config with "
+        "--auto-setup again, or set one."
+    )
+    return [Finding("fail", text)]
 
 
 def _devices(rdma: Sequence[str | list[str] | None]) -> list[str]:

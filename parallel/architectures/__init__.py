@@ -8,8 +8,9 @@ type "lynx", whose MLP has its two inputs in one matrix and whose logits are mul
 
 `blocks.attention` takes the attributes in which mlx-lm's block keeps its numbers of heads; a block of another shape is a
 `BlockPlan` that names each linear and how it is divided, and what every rank keeps whole. `staged` is set once the parity
-tests of the pipeline pass. Then the type goes into the cases of `tests/parallel/tensor/tensor_cases.py` and
-`tests/parallel/pipeline/mesh_launch.py`, which compare loss, every gradient and the steps with the plain model.
+tests of the pipeline pass. Then the type goes into the cases of `tests/helpers/tensor_cases.py` and
+`tests/parallel/pipeline/mesh_launch.py`, which compare loss, every gradient and the steps with the plain model. What training,
+opening and exporting know of it (packing, names) stands in `trainer.model.architectures`.
 """
 
 from parallel.architectures import gemma, llama, phi, qwen

@@ -36,10 +36,11 @@ class PipelineStep:
         self.gradients: dict[int, mx.array] = {}
         self.pending: dict[int, _Pending] = {}
         self.total: Any = None
-        self.loss, self.num_tokens = mx.array(0.0), mx.array(0)
+        # Float32, as no stage but the last knows the type of its loss function's weight.
+        self.loss, self.weight = mx.array(0.0), mx.array(0.0)
 
     def run(self) -> tuple[mx.array, mx.array, Any]:
-        """Sums (loss, num_tokens, grads); loss and tokens are zero but on the last stage."""
+        """Sums (loss, weight, grads); loss and weight are zero but on the last stage."""
         stage = self.stage
         rank, size, count = stage.group.rank, stage.group.size, len(self.micro_batches)
         if count < size and rank == 0:
@@ -51,7 +52,7 @@ class PipelineStep:
         stage.step_seconds = time.perf_counter() - started
         # A stage that trains nothing has an empty tree.
         values = iter(_exchange_shared(stage, [n for n, _ in self.parameters], self.total or []))
-        return self.loss, self.num_tokens, tree_map(lambda _: next(values), self.model.trainable_parameters())
+        return self.loss, self.weight, tree_map(lambda _: next(values), self.model.trainable_parameters())
 
     def recv_activation(self, i: int) -> None:
         """Get the hidden states of micro-batch `i` from the stage before."""
@@ -64,8 +65,8 @@ class PipelineStep:
         self.phases.evaluate_forward(pending.trace, pending.result)
         self._computed(started)
         if self.stage.passage.is_last:
-            self.loss, self.num_tokens = self.loss + pending.result, self.num_tokens + pending.num_tokens
-            mx.eval(self.loss, self.num_tokens)
+            self.loss, self.weight = self.loss + pending.result, self.weight + pending.weight.astype(mx.float32)
+            mx.eval(self.loss, self.weight)
         else:
             self.outgoing[i] = pending.result
         pending.result = None
@@ -105,14 +106,14 @@ class PipelineStep:
         names, arrays = [n for n, _ in self.parameters], [p for _, p in self.parameters]
         primals = [*arrays, *([] if incoming is None else [incoming])]
         batch, model, stage = self.micro_batches[i], self.model, self.stage
-        counts: list[mx.array] = []
+        weights: list[mx.array] = []
 
         def run(*primals: mx.array) -> list[mx.array]:
             model.update(tree_unflatten(list(zip(names, primals))))
             result = stage.run(lambda: self.loss_fn(model, batch), primals[-1] if incoming is not None else None)
             if stage.passage.is_last:
-                result, num_tokens = result
-                counts.append(num_tokens)
+                result, weight = result
+                weights.append(weight)
             self.phases.trace.in_backward = True
             return [result]
 
@@ -129,7 +130,7 @@ class PipelineStep:
         finally:
             # What the trace left in the model belongs to that trace.
             model.update(tree_unflatten(self.parameters))
-        return _Pending(trace, result, grads, cotangent, counts[-1] if counts else None)
+        return _Pending(trace, result, grads, cotangent, weights[-1] if weights else None)
 
     def _cotangent(self, i: int, run: Callable, primals: list[mx.array]) -> mx.array:
         """What the result's gradient will be: 1 for a loss, else a message that is not asked for yet."""
@@ -153,10 +154,10 @@ class _Pending:
     """A micro-batch between its two passes."""
 
     def __init__(
-        self, trace: Trace, result: mx.array, grads: list[mx.array], cotangent: mx.array, num_tokens: mx.array | None
+        self, trace: Trace, result: mx.array, grads: list[mx.array], cotangent: mx.array, weight: mx.array | None
     ):
         self.trace, self.result, self.grads = trace, result, grads
-        self.cotangent, self.num_tokens = cotangent, num_tokens
+        self.cotangent, self.weight = cotangent, weight
 
 
 def _exchange_shared(stage: Stage, names: list[str], grads: list[mx.array]) -> list[mx.array]:

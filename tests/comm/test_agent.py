@@ -2,16 +2,19 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from comm.addresses import host_address
+from comm.agent_watch import watch_agent
 from comm.launcher.agent import own_ips, own_path
 from comm.launcher.job import Job
-from ranks import ROOT
+from ranks import ROOT, slowness
 
 REMOTE = {"ips": [], "all_local": False}
 
@@ -41,3 +44,23 @@ def test_python_in_the_command_is_the_interpreter_of_the_job() -> None:
 def test_other_hosts_run_this_interpreter_by_default() -> None:
     """Catches `python3` of another host's system."""
     assert Job.python == sys.executable
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_rank_behind_a_shell_ends_with_its_agent(tmp_path: Path) -> None:
+    """Catches a rank that goes on for ever once its agent was killed: the kernel ends the agent's own child at most."""
+    program = "import os, time, comm; comm.init(); print('up', os.getpid(), os.environ['COMM_AGENT'], flush=True); time.sleep(600)"
+    command = [sys.executable, "-m", "comm", "launch", "--", "sh", "-c", f"'{sys.executable}' -c \"{program}\"; true"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as launcher:
+        _, _, rank, agent = launcher.stdout.readline().split()
+        os.kill(int(agent), signal.SIGKILL)
+        deadline = time.monotonic() + 10 * slowness()
+        while Path(f"/proc/{rank}").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not Path(f"/proc/{rank}").exists()
+        assert launcher.wait(timeout=30 * slowness()) == 137
+
+
+def test_without_an_agent_nothing_is_watched() -> None:
+    """Catches a program of its own, or one under another launcher, that is ended."""
+    assert watch_agent({}) is None

@@ -77,6 +77,19 @@ def test_hostfiles_that_come_along(name: str, backend: str, count: int) -> None:
     assert [order["delay_seconds"] > 0 for order in orders] == [False] * (count - 1) + [True]
 
 
+@pytest.mark.parametrize(("gap", "is_told"), [(False, True), (True, False)])
+def test_a_ring_world_hears_of_all_rdma_devices(gap: bool, is_told: bool) -> None:
+    """Catches `parallel.backend: {tp: jaccl, default: ring}` that can never be had, or had with a cable missing."""
+    rdma = [[None if i == j or (gap and {i, j} == {0, 2}) else f"rdma_en{j}" for j in range(3)] for i in range(3)]
+    hosts = HostList(tuple(Host(f"mac-{i}", (f"10.0.0.{i}",), tuple(row)) for i, row in enumerate(rdma)), "ring")
+    greetings = [{"ring": ["10.0.0.1:1"], "control": "10.0.0.1", "extra": ["10.0.0.1:2"]}] * 3
+    orders = make_orders(Job(("true",), hosts, "ring"), greetings, "secret")
+    for order in orders:
+        assert ("MLX_IBV_DEVICES" in order["files"]) == ("MLX_JACCL_COORDINATOR" in order["variables"]) == is_told
+        assert order["variables"]["COMM_BACKEND"] == "ring"
+        assert "MLX_JACCL_RING" not in order["variables"]
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -143,6 +156,8 @@ def test_the_doctor_names_what_is_wrong() -> None:
     assert "10.1.1.1 on an unlisted interface" in judged(elsewhere, mac(), "pass")
     assert "no RDMA device rdma_en9" in judged(Host("a", (), (None, "rdma_en9")), mac(), "fail")
     assert "PORT_DOWN" in judged(Host("a", (), (None, "rdma_en4")), mac(), "fail")
+    bare = mac()["interfaces"] | {"en3": {"ips": [], "kind": "Thunderbolt 2"}}
+    assert "en3 has no IPv4 address" in judged(good, mac(interfaces=bare), "fail")
     assert "bridge is on" in judged(good, mac(bridge=True), "fail")
     assert "bridge is on" in judged(Host("a"), mac(bridge=True), "warn")
     assert "FAST_SYNCH" in judged(good, mac(fast_synch=True), "warn")

@@ -29,7 +29,7 @@ TRAINER = (
     ("agreement",),
     ("layers", "metrics", "machine"),
     ("model",),
-    ("generation",),
+    ("objectives", "generation"),
     ("training",),
     ("opening",),
     ("build", "memory"),

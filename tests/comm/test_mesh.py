@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from comm.mesh import AXES, MeshShape, axis_backends
+from comm.group import Group, solo
+from comm.mesh import AXES, MeshShape, _require_one_jaccl_mesh, axis_backends
+from comm.subgroups import Wish
 from ranks import run_ranks
 
 WORKER = Path(__file__).parent / "workers" / "mesh.py"
@@ -99,3 +101,13 @@ def test_groups_may_be_dropped_while_they_work(backend: str) -> None:
     """Catches MLX closing a group under an operation that still runs over it."""
     ranks = run_ranks(WORKER.with_name("dropped_groups.py"), 3, backend=backend)
     assert not any(rank.stderr for rank in ranks)
+
+
+def test_two_jaccl_meshes_are_refused() -> None:
+    """Catches a second mesh on the same RDMA devices, which ends the process inside MLX without an error."""
+    wishes = {"tp": Wish(solo(), 0, backend="jaccl"), "dp": Wish(solo(), 0, backend="jaccl")}
+    with pytest.raises(ValueError, match="tp and dp would be JACCL meshes"):
+        _require_one_jaccl_mesh(solo(), wishes)
+    with pytest.raises(ValueError, match="the world and tp would be"):
+        _require_one_jaccl_mesh(Group(None, "jaccl"), {"tp": wishes["tp"]})
+    _require_one_jaccl_mesh(solo(), {"tp": wishes["tp"], "dp": Wish(solo(), 0, backend="ring")})

@@ -41,15 +41,17 @@ class Desk:
 
     Args:
         count: How many.
-        cables: A cable from each machine to the next, and from the last to the first where there are three or more.
+        cables: How many cables there are from each machine to the next, and from the last to the first where there are
+            three or more.
         name: Differs between desks that one process has at the same time.
     """
 
-    def __init__(self, count: int, cables: bool = False, name: str = ""):
+    def __init__(self, count: int, cables: int = 0, name: str = ""):
         self.names = [f"d{os.getpid()}{name}-{index}" for index in range(count)]
         self.hub = f"d{os.getpid()}{name}-hub"
         self.folder = Path(tempfile.mkdtemp(prefix="desk-"))
-        self.cables = [(i, (i + 1) % count) for i in range(count if count > 2 else count - 1)] if cables else []
+        pairs = [(i, (i + 1) % count) for i in range(count if count > 2 else count - 1)]
+        self.cables = [pair for pair in pairs for _ in range(cables)]
         self._started: list[subprocess.Popen[Any]] = []
         try:
             self._make_network()
@@ -65,16 +67,13 @@ class Desk:
         return f"ssh -F {self.folder}/config"
 
     def hosts(self) -> list[dict[str, Any]]:
-        """A host file: the address on the cable to the machine before, or the one on the common network."""
+        """A host file: the addresses on the cables to the machine before, or the one on the common network."""
         rows = []
         for index in range(len(self.names)):
-            ips = [f"10.77.0.{index + 1}"]
-            before = (index - 1) % len(self.names)
-            for number, pair in enumerate(self.cables):
-                if pair in ((before, index), (index, before)):
-                    ips = [f"10.78.{number}.{1 + pair.index(index)}"]
-                    break
-            rows.append({"ssh": f"10.77.0.{index + 1}", "ips": ips})
+            here, pair = f"10.77.0.{index + 1}", {(index - 1) % len(self.names), index}
+            ends = [(number, one) for number, one in enumerate(self.cables) if set(one) == pair]
+            ips = [f"10.78.{number}.{1 + one.index(index)}" for number, one in ends]
+            rows.append({"ssh": here, "ips": ips or [here]})
         return rows
 
     def start(self, *command: str, **options: Any) -> subprocess.Popen[str]:

@@ -26,7 +26,7 @@ def make_desk() -> Iterator[Callable[..., Desk]]:
         pytest.skip(reason)
     made: list[Desk] = []
 
-    def make(count: int, cables: bool = False) -> Desk:
+    def make(count: int, cables: int = 0) -> Desk:
         made.append(Desk(count, cables))
         return made[-1]
 
@@ -35,8 +35,8 @@ def make_desk() -> Iterator[Callable[..., Desk]]:
         one.close()
 
 
-@pytest.mark.parametrize("cables", [False, True])
-def test_three_machines_from_a_fourth(make_desk: Callable[..., Desk], tmp_path: Path, cables: bool) -> None:
+@pytest.mark.parametrize("cables", [0, 1])
+def test_three_machines_from_a_fourth(make_desk: Callable[..., Desk], tmp_path: Path, cables: int) -> None:
     """Catches control traffic on a cable, which only its two ends reach."""
     job = launch(make_desk(3, cables), tmp_path, JOB, "sum")
     output, _ = job.communicate(timeout=120 * slowness())
@@ -44,9 +44,22 @@ def test_three_machines_from_a_fourth(make_desk: Callable[..., Desk], tmp_path: 
     assert output.count("of 3 on ring: 3.0") == 3, output
 
 
+@pytest.mark.parametrize("cables", [1, 2])
+def test_a_pair_of_neighbours_uses_all_their_cables(make_desk: Callable[..., Desk], tmp_path: Path, cables: int) -> None:
+    """Catches a sub-group that half runs over the control network, or fails as its ranks have unequally many addresses."""
+    desk = make_desk(3, cables)
+    # MLX connects one cable after the other, and waits for seconds where the next is not listened on yet.
+    job = launch(desk, tmp_path, str(Path(__file__).parent / "workers" / "pair.py"), seconds=30)
+    output, _ = job.communicate(timeout=120 * slowness())
+    assert job.returncode == 0, output
+    found = [json.loads(line.split("PAIR ")[1]) for line in output.splitlines() if "PAIR " in line]
+    ends = [[f"10.78.{number}.{end}" for number in range(cables)] for end in (1, 2)]
+    assert sorted(found, key=str) == [[3.0, ends], [3.0, ends], [4.0, None]], output
+
+
 def test_mlx_launch_on_a_ring_of_cables(make_desk: Callable[..., Desk], tmp_path: Path) -> None:
     """Catches a watchdog that ends a healthy job, because two machines without a cable do not reach each other."""
-    desk = make_desk(3, cables=True)
+    desk = make_desk(3, cables=1)
     command = [
         str(Path(sys.executable).parent / "mlx.launch"), "--hostfile", hostfile(desk, tmp_path), "--backend", "ring",
         "--python", sys.executable, "--cwd", str(ROOT), "--env", f"PYTHONPATH={ROOT}", JOB, "sum",
@@ -72,7 +85,7 @@ def test_a_machine_that_vanishes(make_desk: Callable[..., Desk], tmp_path: Path)
 @pytest.mark.usefixtures("exhaustive")
 def test_a_cable_that_is_pulled_out(make_desk: Callable[..., Desk], tmp_path: Path) -> None:
     """Catches a message that blames every rank where one cable is at fault."""
-    desk = make_desk(3, cables=True)
+    desk = make_desk(3, cables=1)
     job = launch(desk, tmp_path, STEPS)
     seconds, output = after(job, 3, lambda: desk.cut(1))
     assert job.returncode not in (0, None), output
@@ -81,9 +94,9 @@ def test_a_cable_that_is_pulled_out(make_desk: Callable[..., Desk], tmp_path: Pa
 
 
 @pytest.mark.usefixtures("exhaustive")
-@pytest.mark.parametrize("cables", [False, True])
+@pytest.mark.parametrize("cables", [0, 1, 2])
 @pytest.mark.parametrize("mesh", ["dp_replicate=4", "dp_shard=2", "tp=2", "pp=4", "{pp: 2, tp: 2}"])
-def test_meshes_train_as_one_machine_does(make_desk: Callable[..., Desk], tmp_path: Path, cables: bool, mesh: str) -> None:
+def test_meshes_train_as_one_machine_does(make_desk: Callable[..., Desk], tmp_path: Path, cables: int, mesh: str) -> None:
     """Catches groups of ranks that meet at addresses which only some machines reach, or that mix up their members."""
     setting = f"parallel={mesh}" if mesh.startswith("{") else f"parallel.{mesh}"
     recipe = [
@@ -130,9 +143,9 @@ def hostfile(desk: Desk, folder: Path) -> str:
     return str(path)
 
 
-def launch(desk: Desk, folder: Path, *command: str) -> "subprocess.Popen[str]":
+def launch(desk: Desk, folder: Path, *command: str, seconds: float = TIMEOUT_SECONDS) -> "subprocess.Popen[str]":
     return desk.start(
         sys.executable, "-m", "comm", "launch", "--hostfile", hostfile(desk, folder), "--ssh", desk.ssh,
-        "--python", sys.executable, "--cwd", str(ROOT), "--timeout", str(TIMEOUT_SECONDS), "--",
+        "--python", sys.executable, "--cwd", str(ROOT), "--timeout", str(seconds), "--",
         "env", f"PYTHONPATH={ROOT}", sys.executable, *command, cwd=ROOT,
     )  # fmt: skip

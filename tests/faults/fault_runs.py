@@ -139,7 +139,7 @@ def _run_once(case: Case, number: int) -> Outcome:
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             )  # fmt: skip
             return _watch(case, job, folder, lambda: None)
-        desk = Desk(PLACES[case.place], cables=True, name=f"-{number}")
+        desk = Desk(PLACES[case.place], cables=1, name=f"-{number}")
         try:
             hostfile = Path(folder, "hosts.json")
             hostfile.write_text(json.dumps(desk.hosts()))

@@ -9,10 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as optim
 from mlx.utils import tree_flatten
-from tensor_cases import loss_fn, relative_error, worst
-from tensor_models import make_model, prepare
 
 import comm
 from double_precision import in_float64
@@ -21,11 +18,12 @@ from parallel import (
     FullyShardedDataParallel,
     PipelineParallel,
     TensorParallel,
-    clip_grad_norm,
     gather_tensors,
     model_layout,
     value_and_grad,
 )
+from tensor_cases import loss_fn, relative_error, train_on, worst
+from tensor_models import make_model, prepare
 
 ROWS, TOKENS, NUM_LAYERS = 8, 12, 4
 ROUNDING = 1e-6  # an error that a float32 gradient of this size may have by chance
@@ -87,21 +85,6 @@ def micro_batches(step: int, index: int, ranks: int, count: int) -> list[dict[st
     return [{k: v[first + m * each : first + (m + 1) * each] for k, v in rows.items()} for m in range(count)]
 
 
-def train(model: nn.Module, batches: Any, num_steps: int) -> tuple[list[float], list[float]]:
-    """Losses and gradient norms of AdamW steps with clipping."""
-    optimizer = optim.AdamW(1e-3, bias_correction=True)
-    step = value_and_grad(model, loss_fn)
-    losses, norms = [], []
-    for i in range(num_steps):
-        loss, grads, _ = step(batches(i))
-        grads, norm = clip_grad_norm(grads, 1.0, model)
-        optimizer.update(model, grads)
-        mx.eval(loss, norm, model.parameters(), optimizer.state)
-        losses.append(loss.item())
-        norms.append(norm.item())
-    return losses, norms
-
-
 def save_reference(case: Case, folder: Path) -> None:
     """Train on one device and keep losses, norms and first gradients."""
     model = case.model().train()
@@ -110,7 +93,7 @@ def save_reference(case: Case, folder: Path) -> None:
         with in_float64(case.model().train()) as double:
             exact = _gradients(double, case)
         mx.savez(str(folder / f"{case.reference}.npz"), **exact)
-    losses, norms = train(model, lambda i: micro_batches(i, 0, 1, case.micro_batches), case.num_steps)
+    losses, norms = train_on(model, lambda i: micro_batches(i, 0, 1, case.micro_batches), case.num_steps)
     mx.save_safetensors(str(folder / f"{case.reference}.safetensors"), grads)
     (folder / f"{case.reference}.json").write_text(json.dumps({"losses": losses, "norms": norms}))
 
@@ -155,7 +138,7 @@ def compare(case: Case, folder: Path, mesh: comm.Mesh) -> dict[str, Any]:
     _, grads, num_tokens = value_and_grad(model, loss_fn)(batches(0))
     grads = dict(gather_tensors(model_layout(model), tree_flatten(grads)))
     errors = {name: relative_error(grad, right_grads[name]) for name, grad in grads.items()}
-    losses, norms = train(model, batches, case.num_steps)
+    losses, norms = train_on(model, batches, case.num_steps)
     exact = mx.load(str(folder / f"{case.reference}.npz")) if case.wide else {}
     return {
         "rounding": rounding_ratio(grads, right_grads, exact) if case.wide and grads else ("", 0.0),

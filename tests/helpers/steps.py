@@ -8,9 +8,10 @@ from mlx.utils import tree_flatten
 from tiny import make
 from trainer.layers.checkpointing import checkpoint_layers
 from trainer.layers.lora_matmul import use_fast_lora
-from trainer.layers.prepare import prepare_for_training
 from trainer.model.lora import DropoutKeys, LoRASpec, attach, find_targets
-from trainer.training.loss import TokenLoss
+from trainer.model.method import prepare_for_training
+from trainer.objectives.sft import SupervisedFineTuning
+from trainer.training.loss import StepLoss
 
 TOLERANCE = 1e-5  # float32, relative to each tensor's largest entry
 # A name, and what is special: every kind of layer, method and input that the step has.
@@ -37,7 +38,7 @@ def build(architecture, method, dropout=0.0, packed=False, every=0):
     checkpoint_layers(model.layers, every)
     model.train()
     mx.eval(model.parameters())
-    return model, TokenLoss(keys, packed)
+    return model, StepLoss(SupervisedFineTuning(), keys, packed)
 
 
 def batch_of(seed, length=48, rows=2):

@@ -1,6 +1,7 @@
 """What the parity tests train: cases, a loss through `hidden_and_head`, and a few optimizer steps."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from tensor_models import METHODS, make_model, prepare
 PATHS = os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "helpers", ROOT / "tests" / "parallel" / "tensor")))
 TIMEOUT_SECONDS = 300
 NUM_STEPS = 20
+Batches = Callable[[int], list[dict[str, mx.array]]]
 ROWS, TOKENS = 2, 13
 MAIN_CASES = [f"{a}:{m}" for a in ("llama", "qwen3", "qwen3_moe", "qwen3_5") for m in METHODS]
 OTHERS = ("mistral", "qwen2", "qwen2_moe", "qwen3_5_moe", "gemma3", "granite", "phi3", "smollm3")
@@ -79,24 +81,29 @@ def first_gradients(model: nn.Module) -> tuple[mx.array, dict[str, mx.array]]:
     return loss, dict(tree_flatten(grads))
 
 
-def train(
-    model: nn.Module, num_steps: int = NUM_STEPS, *shares: slice
-) -> tuple[list[float], list[float]]:
-    """Losses and gradient norms of AdamW steps with clipping; `shares` are the rows of each micro-batch (all)."""
-    model.train()
+def train_on(model: nn.Module, batches: Batches, num_steps: int) -> tuple[list[float], list[float]]:
+    """Losses and gradient norms of AdamW steps with clipping; `batches` gives the micro-batches of a step."""
     optimizer = optim.AdamW(1e-3, bias_correction=True)
     step = value_and_grad(model, loss_fn)
     losses, norms = [], []
     for i in range(num_steps):
-        whole = batch(i)
-        micro_batches = [{key: array[rows] for key, array in whole.items()} for rows in shares or [slice(None)]]
-        loss, grads, _ = step(micro_batches)
+        loss, grads, _ = step(batches(i))
         grads, norm = clip_grad_norm(grads, 1.0, model)
         optimizer.update(model, grads)
         mx.eval(loss, norm, model.parameters(), optimizer.state)
         losses.append(loss.item())
         norms.append(norm.item())
     return losses, norms
+
+
+def train(model: nn.Module, num_steps: int = NUM_STEPS, *shares: slice) -> tuple[list[float], list[float]]:
+    """As `train_on`, with the rows of `batch`; `shares` are those of each micro-batch (all)."""
+
+    def micro_batches(step: int) -> list[dict[str, mx.array]]:
+        whole = batch(step)
+        return [{key: array[rows] for key, array in whole.items()} for rows in shares or [slice(None)]]
+
+    return train_on(model.train(), micro_batches, num_steps)
 
 
 def relative_error(value: mx.array, right: mx.array) -> float:

@@ -190,7 +190,7 @@ def restore(run: Run, folder: CheckpointFolder, found: Found, notice: Notice) ->
     if state is None:
         return Progress(run=found.run)
     words = list(_differences(state.get("described", {}), _described(run.recipe)))
-    together(world, lambda: _check_identity(state["identity"], run.identity, words))
+    together(world, lambda: _check_identity({"objective.name": "sft"} | state["identity"], run.identity, words))
     together(world, lambda: _check_base(state.get("base"), _base(run), notice) if world.rank == 0 else None)
     for difference in differences(found, run.recipe):
         notice(f"resuming with another {difference}")

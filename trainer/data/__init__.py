@@ -7,16 +7,19 @@ micro-batch. Nothing here uses MLX; arrays are numpy's.
 from .bpe import build_tokenizer
 from .collate import collate
 from .corpus import corpus, training_format
+from .encode import EncodedRow
 from .packing import plan_packed
 from .plan import PlannedBatch, bucket_lengths, plan_epoch
 from .rows import TokenizedRows
-from .splits import BadRows, Splits, load_split, load_splits
+from .splits import BadRows, RowSequences, Splits, load_split, load_splits
 from .synthetic import synthetic_rows
 from .targets import TargetBounds
 
 __all__ = [
     "BadRows",
+    "EncodedRow",
     "PlannedBatch",
+    "RowSequences",
     "Splits",
     "TargetBounds",
     "TokenizedRows",

@@ -37,6 +37,19 @@ class DataConfig(Protocol):
 
 
 @dataclass(frozen=True)
+class RowSequences:
+    """How a row becomes the sequences that are trained.
+
+    Attributes:
+        name: Of the way; tokens are cached under it.
+        of_row: From an encoded row to its sequences.
+    """
+
+    name: str
+    of_row: Callable[[EncodedRow], Sequence[EncodedRow]]
+
+
+@dataclass(frozen=True)
 class Splits:
     """Training rows, and validation rows where there are any."""
 
@@ -51,6 +64,7 @@ def load_splits(
     *,
     cache_dir: str | Path | None = None,
     notice: Callable[[str], None] = print,
+    sequences: RowSequences | None = None,
 ) -> Splits:
     """Training and validation rows.
 
@@ -63,11 +77,12 @@ def load_splits(
         seed: for generated rows and the choice of rows by fractional weights.
         cache_dir: folder for tokenised rows; `MLX_TRAINER_CACHE` or `~/.cache/mlx-trainer` by default.
         notice: takes one line about what was cut or passed over.
+        sequences: How a row becomes sequences. Default: it is one.
 
     Raises:
         ValueError: for sources that are not there, rows that cannot be used, and empty splits.
     """
-    reader = _Reader(data, tokenizer, seed, cache_dir, notice)
+    reader = _Reader(data, tokenizer, seed, cache_dir, notice, sequences)
     train, valid = [], []
     for source in parse_sources(data.train, "data.train"):
         store = reader.read(source, (source.split or "train",))
@@ -148,6 +163,7 @@ class _Reader:
     seed: int
     cache_dir: str | Path | None
     notice: Callable[[str], None]
+    sequences: RowSequences | None = None
 
     def read(self, source: Source, names: tuple[str, ...]) -> TokenStore:
         store = self.read_if_there(source, names)
@@ -167,6 +183,7 @@ class _Reader:
             loss_on=self.data.loss_on,
             max_seq_len=self.data.max_seq_len,
             on_bad_row=self.data.on_bad_row,
+            **({"sequences": self.sequences.name} if self.sequences else {}),
         )
         folder = cache_folder(self.cache_dir)
         store = cached_store(folder, key, lambda: self._tokenise(file, source), self.notice)
@@ -194,7 +211,7 @@ class _Reader:
             )
             for place, row in zip(places, encoded):
                 if row.mask.any():
-                    kept.append(row)
+                    kept += self.sequences.of_row(row) if self.sequences else (row,)
                 elif row.truncated:
                     dropped += 1
                 else:

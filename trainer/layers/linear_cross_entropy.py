@@ -7,19 +7,14 @@ scales what is there.
 Letters: B rows of a batch, L tokens, D hidden dims, V vocabulary (this rank's part of it).
 """
 
-import math
 from collections.abc import Callable
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_unflatten
 
 import comm
 from parallel import Head
 from trainer.layers.elementwise import exp
-
-# Logits of one chunk, in numbers, and its fewest rows: with less, reading the head's weights takes longer than
-# multiplying.
-CPU_LOGITS, GPU_LOGITS, MIN_ROWS = 2**21, 2**26, 128
+from trainer.layers.head_chunks import Projection, chunk_rows, rows_to_keep
 
 
 def linear_cross_entropy(
@@ -50,51 +45,14 @@ def linear_cross_entropy(
     """
     total = targets.size
     rows, targets, weights = hidden.reshape(total, -1), targets.reshape(total), mask.reshape(total)
-    chunk = _chunk_rows(_Projection(head)(rows[:1]).shape[-1])
-    num_rows = _rows_to_keep(weights, max_targets)
+    chunk = chunk_rows(Projection(head)(rows[:1]).shape[-1])
+    num_rows = rows_to_keep(weights, max_targets)
     if num_rows < total:
         chosen = mx.argsort(mx.logical_not(weights))[:num_rows]
         rows, targets, weights = rows[chosen], targets[chosen], weights[chosen]
     run = _loss_and_gradients(head, targets, weights.astype(mx.float32), chunk, with_gradients)
-    arrays = [x for _, x in _Projection(head).trainable]
+    arrays = [x for _, x in Projection(head).trainable]
     return run(rows, *arrays)[0], mask.sum()
-
-
-def _chunk_rows(vocabulary: int) -> int:
-    """Rows of a chunk whose logits stay within the device's budget, but at least ``MIN_ROWS``."""
-    budget = CPU_LOGITS if mx.default_device() == mx.cpu else GPU_LOGITS
-    return max(MIN_ROWS, budget // vocabulary // 64 * 64)
-
-
-def _rows_to_keep(weights: mx.array, max_targets: int | None) -> int:
-    """At least as many as there are True entries, and few different numbers."""
-    total = weights.size
-    try:
-        max_targets = mx.sum(weights, stream=mx.cpu).item()
-    except ValueError:  # inside mx.compile
-        max_targets = total if max_targets is None else max_targets
-    step = max(64, math.ceil(total / 8 / 64) * 64)
-    return min(total, math.ceil(max(max_targets, 1) / step) * step)
-
-
-class _Projection:
-    """The head as a function of its trainable arrays and hidden rows."""
-
-    def __init__(self, head: Head) -> None:
-        self.head = head
-        module = head.module
-        self.trainable = [] if module is None else tree_flatten(module.trainable_parameters())
-
-    def __call__(self, rows: mx.array, arrays: list[mx.array] | None = None) -> mx.array:
-        """Logits of this rank's slice of the vocabulary, float32."""
-        head, module = self.head, self.head.module
-        if arrays:
-            module.update(tree_unflatten([(name, x) for (name, _), x in zip(self.trainable, arrays)]))
-        try:
-            return head.capped(head.projected(rows).astype(mx.float32))
-        finally:
-            if arrays:
-                module.update(tree_unflatten(self.trainable))
 
 
 def _loss_and_gradients(
@@ -103,7 +61,7 @@ def _loss_and_gradients(
     """A function of (rows, *trainable arrays) whose first result is the loss; the others are the gradients it is
     going to need.
     """
-    projection = _Projection(head)
+    projection = Projection(head)
 
     def of_chunk(rows: mx.array, arrays: list[mx.array], start: int) -> mx.array:
         piece = slice(start, start + chunk)

@@ -26,29 +26,28 @@ from trainer.layers.segments import (
     AttentionSegments,
     StateSegments,
     TrainingMask,
-    packing_supported,
     segment_caches,
 )
 
 UPSTREAM = "mlx_lm.models."
 
 
-def prepare_for_training(model: nn.Module) -> nn.Module:
+def extend_layers(model: nn.Module, *, packs: bool) -> nn.Module:
     """Extend the classes of ``model`` and of its layers; once, before adapters and parallel wrappers.
 
     Args:
         model: an mlx-lm model. Layers whose code uses none of the functions replaced here are left alone.
+        packs: packed rows are exact for it, so its layers are told their windows and documents in words.
 
     Returns:
-        The same object. It has ``segment_cache(segments)`` now, and trains packed rows where
-        :func:`packing_supported` says so.
+        The same object. It has ``segment_cache(segments)`` now.
     """
     for module in model.modules():
         cls = type(module)
         if cls.__call__.__module__.startswith(UPSTREAM) and _replaced(cls.__call__):
             module.__class__ = _training_class(cls)
     core = getattr(getattr(model, "language_model", model), "model", None)
-    if core is not None and packing_supported(model) is None:
+    if core is not None and packs:
         core.__class__ = _core_class(type(core))
     model.__class__ = _model_class(type(model))
     return model

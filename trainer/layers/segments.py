@@ -10,12 +10,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-# Architectures for which per-document losses and all gradients of packed rows were shown equal to those of separate
-# rows (tests/trainer/layers/test_packed_rows.py). The others refuse.
-PACKING_PROVEN = frozenset(
-    ("gemma3_text", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "qwen3_next")
-    + ("qwen3_5", "qwen3_5_moe", "qwen3_5_text")
-)
 # Where documents begin is rounded down to this, so that few shapes occur.
 START_STEP = 64
 
@@ -106,18 +100,6 @@ def positions_in_document(segments: mx.array) -> mx.array:
 def has_state(layer: nn.Module) -> bool:
     """Whether a decoder layer carries a recurrent state."""
     return bool(getattr(layer, "is_linear", False))
-
-
-def packing_supported(model: nn.Module) -> str | None:
-    """None where packed rows are proven exact for ``model``, else the reason why not, with the architecture's
-    name.
-    """
-    model_type = getattr(getattr(model, "language_model", model), "model_type", type(model).__name__)
-    if model_type not in PACKING_PROVEN:
-        return f"packing is not proven exact for {model_type}; it is for {', '.join(sorted(PACKING_PROVEN))}."
-    if any(type(module).__name__ == "DynamicNTKScalingRoPE" for module in model.modules()):
-        return f"packing is not exact for this {model_type}: its RoPE depends on the length of the row."
-    return None
 
 
 def _first_starts(segments: mx.array) -> np.ndarray | None:

@@ -24,8 +24,9 @@ from trainer.memory.placement import Part, Placement
 from trainer.memory.tracing import trace
 from trainer.model.lora import EXPERTS
 from trainer.model.shapes import PlannedModel
+from trainer.objectives.table import OBJECTIVES
 from trainer.recipe.config import Recipe
-from trainer.training.loss import TokenLoss
+from trainer.training.loss import StepLoss
 from trainer.training.optim import Optimizer
 
 # Buffers of MLX's ring backend, and a bucket of gradients, per group; comm chooses buckets of about this size.
@@ -71,11 +72,14 @@ class MemoryPlan:
     Attributes:
         parts: all parameters, whole.
         num_layers: of the model.
+        loss: the run's loss function.
     """
 
     def __init__(self, recipe: Recipe, planned: PlannedModel) -> None:
         self.recipe = recipe
         self.planned = planned
+        objective = OBJECTIVES[recipe.objective.name](recipe.objective)
+        self.loss = StepLoss(objective, planned.keys, planned.is_packed)
         self._placement = Placement(planned.model)
         self.parts = self._placement.parts
         self.num_layers = self._placement.num_layers
@@ -215,10 +219,8 @@ class MemoryPlan:
 
     def _step(self, sums: list[mx.array]) -> Lifetimes:
         """Loss and gradients of one micro-batch, added to the sums of earlier ones where there are any."""
-        loss = TokenLoss(self.planned.keys, self.planned.is_packed)
-
         def function(model: nn.Module, *earlier: mx.array) -> list[mx.array]:
-            (total, num_tokens), grads = nn.value_and_grad(model, loss)(model, self.batch)
+            (total, num_tokens), grads = nn.value_and_grad(model, self.loss)(model, self.batch)
             gradients = [grad for _, grad in tree_flatten(grads)]
             return [total, num_tokens, *([s + g.astype(s.dtype) for s, g in zip(earlier, gradients)] or gradients)]
 

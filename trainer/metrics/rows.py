@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from trainer.files.storage import atomic_file, explain
-from trainer.metrics.table import METRIC_KEYS, METRICS, STEP_KEY
+from trainer.metrics.table import METRIC_KEYS, METRICS, STEP_KEY, Metric
 
 Row = dict[str, float | int]
 # A held-out generation: "prompt", "expected" (None where no answer is the right one), "generated".
@@ -41,10 +41,12 @@ class Metrics:
     Args:
         sinks: Empty on every rank but 0.
         history: Rows of the same run from before a restart (``JsonlSink.kept``), so that best values span it.
+        own: Metrics of this run beside those of the table.
     """
 
-    def __init__(self, sinks: Sequence[Sink], history: Iterable[Row] = ()) -> None:
+    def __init__(self, sinks: Sequence[Sink], history: Iterable[Row] = (), own: Sequence[Metric] = ()) -> None:
         self.sinks = list(sinks)
+        self.own = tuple(own)
         self.lost: RowsLost | None = None
         self.last: dict[str, float | int] = {}
         self.best: dict[str, float | int] = {}
@@ -53,7 +55,7 @@ class Metrics:
 
     def log(self, row: Row) -> None:
         """Write one row. It holds ``train/global_step`` and any other of ``METRIC_KEYS``, as Python numbers."""
-        unknown = sorted(set(row) - METRIC_KEYS)
+        unknown = sorted(set(row) - METRIC_KEYS - {metric.key for metric in self.own})
         assert not unknown and STEP_KEY in row, f"row needs {STEP_KEY}; not metric keys: {unknown}"
         self._remember(row)
         self._each("log", row)
@@ -94,7 +96,7 @@ class Metrics:
 
     def _remember(self, row: Row) -> None:
         self.last |= row
-        for metric in METRICS:
+        for metric in (*METRICS, *self.own):
             value = row.get(metric.key)
             # What an earlier start has left may have been edited since.
             if metric.better and isinstance(value, (int, float)) and math.isfinite(value):

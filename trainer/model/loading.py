@@ -22,14 +22,13 @@ from mlx_lm.utils import (
 
 from trainer.data import build_tokenizer
 from trainer.files.storage import read_json
+from trainer.model.architectures import architecture
 from trainer.recipe.config import ModelConfig
 from trainer.recipe.paths import is_local
 
 DEFAULT_INITIALIZER_RANGE = 0.02
 # A random start's vocabulary is rounded up to this, so that tensor-parallel ranks can divide it.
 VOCABULARY_STEP = 64
-# Text-only checkpoints of transformers whose model type mlx-lm knows under the whole family's name.
-TEXT_ONLY_TYPES = {"qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe"}
 @dataclass
 class BaseModel:
     """A model before anything is attached to it.
@@ -111,7 +110,7 @@ def _read_model(config: ModelConfig) -> BaseModel:
     try:
         if path.exists():
             config_values = read_json(path / "config.json")
-            renamed = TEXT_ONLY_TYPES.get(config_values.get("model_type"))
+            renamed = architecture(config_values.get("model_type")).opened_as
             other = {"model_type": renamed} if renamed else None
             trust = config.trust_remote_code
             return BaseModel(*load_model(path, lazy=True, model_config=other, trust_remote_code=trust))
@@ -150,7 +149,7 @@ def _model_classes(config: dict[str, Any]) -> tuple[Any, Any]:
     given = config.get("model_type")
     if not isinstance(given, str):
         raise ValueError(f"model.config.model_type={given!r} must be the name of an architecture of mlx-lm.")
-    name = TEXT_ONLY_TYPES.get(given, given)
+    name = architecture(given).opened_as or given
     try:
         module = import_module(f"mlx_lm.models.{MODEL_REMAPPING.get(name, name)}")
     except ImportError as error:

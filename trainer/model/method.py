@@ -4,8 +4,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from trainer.layers.lora_matmul import use_fast_lora
-from trainer.layers.prepare import prepare_for_training
+from trainer.layers.prepare import extend_layers
 from trainer.model.adapters import load_into, read_adapter
+from trainer.model.architectures import packing_supported
 from trainer.model.loading import BaseModel
 from trainer.model.lora import DropoutKeys, LoRASpec, attach, find_targets
 from trainer.recipe.config import Recipe
@@ -21,6 +22,13 @@ def prepare_model(recipe: Recipe, base: BaseModel, keys: DropoutKeys) -> LoRASpe
     spec = prepare_method(recipe, base, keys)
     use_fast_lora(base.model)
     return spec
+
+
+def prepare_for_training(model: nn.Module) -> nn.Module:
+    """Give the layers of an mlx-lm model this package's functions, as its row of the architecture table allows; the
+    same object. Once, before adapters and parallel wrappers.
+    """
+    return extend_layers(model, packs=packing_supported(model) is None)
 
 
 def prepare_method(recipe: Recipe, base: BaseModel, keys: DropoutKeys) -> LoRASpec | None:

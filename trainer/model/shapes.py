@@ -21,7 +21,7 @@ from parallel.pipeline import check_split, check_stages
 from parallel.tensor import check_plan, plan_for
 from trainer.files.storage import read_json
 from trainer.layers.checkpointing import checkpoint_layers
-from trainer.layers.segments import packing_supported
+from trainer.model.architectures import packing_supported
 from trainer.model.loading import BaseModel, open_model
 from trainer.model.lora import DropoutKeys
 from trainer.model.method import prepare_model

@@ -166,6 +166,13 @@ class DataConfig:
 
 
 @dataclass
+class ObjectiveConfig:
+    """What a step minimises."""
+
+    name: Literal["sft"] = setting("sft", "sft: cross-entropy of the tokens that are learned.")
+
+
+@dataclass
 class OptimizerConfig:
     """The update rule."""
 
@@ -321,6 +328,7 @@ class Recipe:
     )
     epochs: int = setting(1, "Passes over the training rows.", minimum=1, also=("num_train_epochs", "num_epochs"))
     max_steps: int | None = setting(None, "Optimizer updates; decides instead of epochs.", minimum=1, also=("iters",))
+    objective: ObjectiveConfig = setting(ObjectiveConfig, "What a step minimises.")
     optimizer: OptimizerConfig = setting(OptimizerConfig, "The update rule.")
     schedule: ScheduleConfig = setting(ScheduleConfig, "The learning rate over the run.")
     max_grad_norm: float | None = setting(

@@ -14,8 +14,6 @@ import mlx.nn as nn
 from trainer.model.lora import EMBEDDINGS, LoRASpec
 
 PREFIX = "base_model.model."
-# Model types with a vision tower of which AutoModelForCausalLM builds the language model alone.
-TEXT_CLASS_TYPES = ("qwen3_5", "qwen3_5_moe", "llama4")
 
 
 def module_name(path: str, *, multimodal: bool) -> str:

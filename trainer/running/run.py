@@ -23,6 +23,7 @@ from trainer.metrics.rows import Metrics, read_rows
 from trainer.metrics.table import STEP_KEY
 from trainer.metrics.throughput import memory_of_ranks
 from trainer.metrics.tracing import Profiler
+from trainer.objectives.objective import Objective
 from trainer.recipe.config import Recipe
 from trainer.recipe.load import load_recipe
 from trainer.recipe.paths import require_writable
@@ -86,6 +87,7 @@ def train(
     on_step: Callable[[int, dict[str, float]], None] = Callbacks.on_step,
     on_eval: Callable[[int, dict[str, float]], None] = Callbacks.on_eval,
     on_checkpoint: Callable[[int, Path | None], None] = Callbacks.on_checkpoint,
+    objective: Objective | None = None,
 ) -> RunResult:
     """Run a recipe, or go on with it where an earlier run stopped: what `python -m trainer run` does.
 
@@ -95,6 +97,7 @@ def train(
         recipe: A YAML file, its settings as a dictionary, or a `Recipe`.
         overrides: Settings such as `optimizer.lr=2e-4` that replace the recipe's.
         on_step, on_eval, on_checkpoint: See `Callbacks`.
+        objective: What is minimised, one of your own. Default: the recipe's `objective`.
 
     Returns:
         Where the result lies, and its metrics.
@@ -116,11 +119,16 @@ def train(
     apply_limits(checked.limits)
     notices = [*warnings(checked), *([hint] if hint else [])]
     with Stop().installed() as stop:
-        return run_recipe(checked, world, stop, notices, Callbacks(on_step, on_eval, on_checkpoint))
+        return run_recipe(checked, world, stop, notices, Callbacks(on_step, on_eval, on_checkpoint), objective)
 
 
 def run_recipe(
-    recipe: Recipe, world: comm.Group, stop: Stop, notices: list[str], callbacks: Callbacks = Callbacks()
+    recipe: Recipe,
+    world: comm.Group,
+    stop: Stop,
+    notices: list[str],
+    callbacks: Callbacks = Callbacks(),
+    objective: Objective | None = None,
 ) -> RunResult:
     """Build, resume, train, write the result.
 
@@ -130,11 +138,12 @@ def run_recipe(
         stop: remembers signals.
         notices: lines to show when the run is introduced.
         callbacks: what hears of it.
+        objective: What is minimised. Default: the recipe's.
     """
     output_dir = Path(recipe.output_dir) if world.rank == 0 else None
     together(world, lambda: output_dir and require_writable(recipe.output_dir))
     with sole_run(world, output_dir):
-        return _run(recipe, world, output_dir, stop, notices, callbacks)
+        return _run(recipe, world, output_dir, stop, notices, callbacks, objective)
 
 
 def _run(
@@ -144,13 +153,14 @@ def _run(
     stop: Stop,
     notices: list[str],
     callbacks: Callbacks,
+    objective: Objective | None,
 ) -> RunResult:
     folder = CheckpointFolder(output_dir and output_dir / "checkpoints", recipe.checkpoint.keep_last)
-    found = find_checkpoint(recipe, folder, world, notices.append)
-    recipe, batch_dp = keep_global_batch(recipe, found, resolve_mesh(recipe.parallel, world.size).dp)
     # A rank may take long over these; none is given up as hanging meanwhile.
     with world.progress.long_phase("loading"):
-        run = build(recipe, world, notices.append, batch_dp)
+        found = find_checkpoint(recipe, folder, world, notices.append)
+        recipe, batch_dp = keep_global_batch(recipe, found, resolve_mesh(recipe.parallel, world.size).dp)
+        run = build(recipe, world, notices.append, batch_dp, objective=objective)
         require_same(world, run.digests())
         progress = restore(run, folder, found, notices.append)
     rules = StopRules(recipe.eval.patience, recipe.limits.loss_watchdog)

@@ -31,7 +31,7 @@ def open_metrics(run: Run, output_dir: Path | None, step: int, stop: Stop) -> Me
     rows = JsonlSink(output_dir / "metrics.jsonl", step or None, notice=terminal.message)
     wandb = _open_wandb(recipe, output_dir, step, terminal.message)
     baseline = BaselineSink(output_dir, baseline_facts(run)) if world.size == 1 else None
-    return Metrics([rows, terminal, *filter(None, (wandb, baseline))], rows.kept)
+    return Metrics([rows, terminal, *filter(None, (wandb, baseline))], rows.kept, run.opened.objective.metrics)
 
 
 def _open_wandb(recipe: Recipe, output_dir: Path, step: int, notice: Callable[[str], None]) -> WandbSink | None:

@@ -1,7 +1,5 @@
 """Validation: loss and perplexity over a split, and the share of held-out rows answered exactly right."""
 
-import math
-
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -11,7 +9,7 @@ from trainer.data import PlannedBatch, TokenizedRows
 from trainer.generation.answers import Answer, answer_rows
 from trainer.recipe.config import EvalConfig
 from trainer.training.batches import Share, evaluation_batches
-from trainer.training.loss import TokenLoss
+from trainer.training.loss import StepLoss
 
 
 class Evaluator:
@@ -33,7 +31,7 @@ class Evaluator:
         self,
         model: nn.Module,
         tokenizer: TokenizerWrapper,
-        loss: TokenLoss,
+        loss: StepLoss,
         rows: TokenizedRows,
         config: EvalConfig,
         plan: list[PlannedBatch],
@@ -43,17 +41,17 @@ class Evaluator:
     ):
         self.model, self.tokenizer, self.rows, self.config = model, tokenizer, rows, config
         self.share, self.group, self.pad_id = share, group, pad_id
-        self.mean_loss = evaluate(model, loss)
+        self.mean_loss, self.objective = evaluate(model, loss), loss.objective
         self.plan = _spread(plan, config.batches)
 
     def loss(self) -> dict[str, float]:
-        """`eval/loss` (mean over target tokens of all ranks) and `eval/ppl` (its exponential)."""
+        """What the objective tells of its mean over the batches of all ranks."""
         was_training = self.model.training
         self.model.eval()
         batches = evaluation_batches(self.rows, self.plan, self.share, self.pad_id)
         loss, _ = self.mean_loss(self.group.progress.reporting(batches))
         self.model.train(was_training)
-        return {"eval/loss": loss, "eval/ppl": math.exp(min(loss, 700.0))}
+        return self.objective.validation(loss)
 
     def answers(self) -> list[Answer]:
         """Answers to the held-out rows that the recipe asks for, always the same ones.

@@ -24,14 +24,14 @@ from trainer.training.progress import Progress, StopRules
 def clipped_gradients(
     step_fn: Step, micro_batches: list[Batch], max_norm: float | None, model: nn.Module, times: StepTimes | None = None
 ) -> tuple[mx.array, Any, mx.array, mx.array]:
-    """Loss, clipped gradients, their norm before clipping, and the number of target tokens of one step; evaluated."""
-    loss, grads, num_targets = step_fn(micro_batches, times)
+    """Loss, clipped gradients, their norm before clipping, and the weight of one step; evaluated."""
+    loss, grads, weight = step_fn(micro_batches, times)
     # Not together with the norm: its sum has MLX order the backward pass so that checkpointed layers are computed
     # again long before their turn, which took 2.4 times the memory.
-    mx.eval(loss, num_targets, grads)
+    mx.eval(loss, weight, grads)
     grads, norm = clip_grad_norm(grads, max_norm, model)
     mx.eval(norm, grads)
-    return loss, grads, norm, num_targets
+    return loss, grads, norm, weight
 
 
 @dataclass
@@ -155,15 +155,15 @@ class Loop:
 
     def _update(self, data: StepData, progress: Progress, clock: StepTimes, phases: StepTimes | None) -> None:
         """One update, or a counted skip when loss or norm is not finite (equal on all ranks, being reduced)."""
-        loss, grads, norm, num_targets = clipped_gradients(
+        loss, grads, norm, weight = clipped_gradients(
             self.step_fn, data.arrays(), self.max_grad_norm, self.model, phases
         )
         clock.end("compute")
         rate = self.rate(progress.step)
         if math.isfinite(loss.item()) and math.isfinite(norm.item()):
             self.optimizer.update(self.model, grads, rate)
-            progress.window_loss += loss.item() * num_targets.item()
-            progress.window_tokens += num_targets.item()
+            progress.window_loss += loss.item() * weight.item()
+            progress.window_tokens += weight.item()
         else:
             progress.skipped_steps += 1
         clock.end("optimizer", [self.model.trainable_parameters(), self.optimizer.state])

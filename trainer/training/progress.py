@@ -19,7 +19,7 @@ class Progress:
         run: which of the runs in the output folder this is, counted from 1; 0 = written before runs were counted.
         num_tokens: real tokens seen.
         skipped_steps: updates left out because loss or gradient norm was not finite.
-        window_loss, window_tokens: loss sum and target tokens since the last row of metrics.
+        window_loss, window_tokens: sum of the loss and its weight since the last row of metrics.
         best_loss, best_step: lowest validation loss, and the step that has it.
         bad_evals: validations since then.
         high_rows: rows of metrics in a row whose loss is above the watchdog's bound.

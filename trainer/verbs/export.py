@@ -21,6 +21,7 @@ from trainer.data import corpus
 from trainer.files.storage import atomic_folder, explain, write_json
 from trainer.files.tensor_files import write_tensor_file
 from trainer.machine.blas import load_fast_blas
+from trainer.model.architectures import architecture
 from trainer.model.loading import (
     BaseModel,
     materialize,
@@ -35,7 +36,7 @@ from trainer.recipe.problems import USER_ERRORS
 from trainer.results.card import model_card
 from trainer.results.mlx_lm_format import write_model
 from trainer.results.opened import load_result, recipe_of
-from trainer.results.peft_format import TEXT_CLASS_TYPES, adapter_config, adapter_tensors
+from trainer.results.peft_format import adapter_config, adapter_tensors
 
 PROBE_SHAPE = (2, 32)  # rows and tokens on which a fused model is compared
 FLOAT32_TOLERANCE = 1e-4  # of the logits' spread
@@ -145,7 +146,7 @@ def export_peft(run: OpenedRun, folder: Path, *, base_model: str | None, multimo
         raise ValueError("The base model was a random start, which PEFT cannot load; use --to fused, or --base-model.")
     config = run.base.config
     has_tower = any(path.startswith("language_model.") for path in run.adapter.paths)
-    multimodal = has_tower and (multimodal or config["model_type"] not in TEXT_CLASS_TYPES)
+    multimodal = has_tower and (multimodal or not architecture(config["model_type"]).has_text_class)
     notes = []
     if "quantization" in config:
         notes.append("The adapter was trained on a quantized base: on the unquantized one its logits differ a little.")

@@ -14,6 +14,7 @@ import comm
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "helpers")]
 from checks import CHECKS, rounds
+
 from fake import fake_group
 
 group = comm.init()

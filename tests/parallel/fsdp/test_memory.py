@@ -9,9 +9,9 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
-from tensor_models import BASE, make_model
 
 from ranks import ROOT, run_ranks
+from tensor_models import BASE, make_model
 
 CHANGES = {"num_hidden_layers": 48, "hidden_size": 128, "intermediate_size": 512}
 NUM_RANKS = 4

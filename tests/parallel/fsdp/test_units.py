@@ -4,27 +4,21 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
-from tensor_models import make_model, prepare
 
 import comm
+from members import Rank
 from parallel import FullyShardedDataParallel, gather_tensors, hidden_and_head, model_layout, unwrap, value_and_grad
 from parallel.fsdp.resharding import ReshardedLeaf
 from parallel.layout import Segment, Split
 from parallel.phases import Phases, UnitCall
-
-
-class Member:
-    """One rank of a group, for arithmetic without messages."""
-
-    def __init__(self, rank: int, size: int):
-        self.rank, self.size = rank, size
+from tensor_models import make_model, prepare
 
 
 @pytest.mark.parametrize("rows, ranks", [(7, 2), (5, 4), (1, 3), (8, 4)])
 def test_uneven_first_dimension(rows: int, ranks: int) -> None:
     """Catches lost or doubled rows where the ranks do not divide them; the padding is zeros."""
     full = mx.arange(1, rows * 3 + 1).reshape(rows, 3)
-    splits = [Split("dp_shard", Member(rank, ranks), 0, (Segment(rows),)) for rank in range(ranks)]
+    splits = [Split("dp_shard", Rank(rank, ranks), 0, (Segment(rows),)) for rank in range(ranks)]
     slices = [split.slice(full) for split in splits]
     assert {s.shape for s in slices} == {(splits[0].local_size, 3)}, "slices must have equal shapes"
     joined = mx.concatenate(slices)

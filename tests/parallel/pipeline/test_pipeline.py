@@ -5,13 +5,13 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
-from tensor_models import make_model
 
 import comm
 from comm.capabilities import CAPABILITIES
 from parallel import PipelineParallel
 from parallel.pipeline.caches import AbsentCache, own_caches
 from parallel.pipeline.split import even_split, memory_split
+from tensor_models import make_model
 
 
 def test_generation(checks: list[dict[str, Any]]) -> None:

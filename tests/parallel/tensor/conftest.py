@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tensor_cases import LORA_CASES, MAIN_CASES, NUM_STEPS, PATHS, SHORT_CASES, TIMEOUT_SECONDS
-from tensor_models import save_large_model
 
 from ranks import run_ranks, slowness
+from tensor_cases import LORA_CASES, MAIN_CASES, NUM_STEPS, PATHS, SHORT_CASES, TIMEOUT_SECONDS
+from tensor_models import save_large_model
 
 HERE = Path(__file__).parent
 CHECKS = [

@@ -11,12 +11,12 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.lora import LoRALinear
 from mlx_lm.tuner.trainer import grad_checkpoint
 from mlx_lm.tuner.utils import linear_to_lora_layers
-from tensor_cases import batch, first_gradients, relative_error, worst
-from tensor_models import add_adapters, make_model, prepare, randomize_adapters
 
 import comm
 from parallel import DataParallel, TensorParallel, gather_tensors, model_layout, shard_linear
 from parallel.architectures import ARCHITECTURES, BlockPlan, ModelPlan, rows
+from tensor_cases import batch, first_gradients, relative_error, worst
+from tensor_models import add_adapters, make_model, prepare, randomize_adapters
 from trainer.data import build_tokenizer
 from trainer.model.lora import DropoutKeys, LoRASpec, attach, find_targets
 

@@ -9,8 +9,6 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
-from tensor_cases import ROWS, TOKENS, batch, relative_error, train, worst
-from tensor_models import make_model, prepare
 
 import comm
 from parallel import (
@@ -22,10 +20,12 @@ from parallel import (
     hidden_and_head,
     model_layout,
 )
+from tensor_cases import ROWS, TOKENS, batch, relative_error, train, worst
+from tensor_models import make_model, prepare
 from trainer.layers.checkpointing import checkpoint_layers
 from trainer.layers.linear_cross_entropy import linear_cross_entropy
 from trainer.layers.lora_matmul import use_fast_lora
-from trainer.layers.prepare import prepare_for_training
+from trainer.model.method import prepare_for_training
 
 WRAPPERS = {"dp_replicate": DataParallel, "dp_shard": FullyShardedDataParallel, "pp": PipelineParallel}
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+
 from tensor_cases import LORA_CASES, MAIN_CASES, SHORT_CASES
 
 GRADIENT_TOLERANCE = 1e-5

@@ -1,4 +1,4 @@
-"""Plans and layouts without ranks: coverage, refusals with the sizes that work, segments, counting once."""
+"""Plans without ranks: coverage, refusals with the sizes that work, segments."""
 
 from dataclasses import replace
 
@@ -6,24 +6,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
-from tensor_models import ARCHITECTURES, DIVIDED_BY_LAYER_ONLY, make_model, prepare
 
+from members import Rank
 from parallel import TensorParallel, shard_linear
 from parallel.architectures import ModelPlan
-from parallel.layout import ParameterLayout, Segment, Split
 from parallel.tensor.resolve import check_plan, find_blocks, plan_for
 from parallel.tensor.slicing import as_segments
-
-
-class Rank:
-    """A rank of a group of `size` that hears the slices it is told of."""
-
-    def __init__(self, rank: int, size: int):
-        self.rank, self.size = rank, size
-        self.slices: list[mx.array] = []
-
-    def all_gather(self, x: mx.array, axis: int = 0) -> mx.array:
-        return mx.concatenate(self.slices, axis=axis)
+from tensor_models import ARCHITECTURES, DIVIDED_BY_LAYER_ONLY, make_model, prepare
 
 
 @pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name not in DIVIDED_BY_LAYER_ONLY])
@@ -110,32 +99,3 @@ def test_segments_in_the_words_of_mlx() -> None:
     """Catches a misread `segments`: a count, indices, or fractions."""
     sizes = [[s.size for s in as_segments(spec, 12)] for spec in (1, 3, [4, 10], [0.25, 0.5])]
     assert sizes == [[12], [4, 4, 4], [4, 6, 2], [3, 3, 6]], f"{sizes}"
-
-
-@pytest.mark.parametrize("dim", [0, 1])
-def test_split_gathers_what_it_sliced(dim: int) -> None:
-    """Catches pieces in the wrong order, and copies counted twice in a norm."""
-    segments = (Segment(8), Segment(2, copies=2), Segment(4))
-    full = mx.random.normal((14, 14), key=mx.random.key(0))
-    ranks = [Rank(rank, 4) for rank in range(4)]
-    layouts = [ParameterLayout((Split("tp", rank, dim, segments),)) for rank in ranks]
-    slices = [layout.slice(full) for layout in layouts]
-    for rank, layout in zip(ranks, layouts):
-        rank.slices = slices
-        assert mx.array_equal(layout.gather(slices[rank.rank]), full), "gather is not the inverse of slice"
-        assert layout.full_shape(slices[0].shape) == full.shape, "shape of the full tensor"
-    total = sum(layout.squared_sum(part).item() for layout, part in zip(layouts, slices))
-    assert abs(total / full.square().sum().item() - 1) < 1e-6, "every element counts once"
-
-
-def test_nested_splits() -> None:
-    """Catches weights lost or doubled where a second axis divides what the first one left, copies included."""
-    full = mx.random.normal((12, 6), key=mx.random.key(1))
-    total = 0.0
-    for tp in range(4):
-        for shard in range(2):
-            outer = Split("tp", Rank(tp, 4), 0, (Segment(8), Segment(4, copies=2)))
-            inner = Split("dp_shard", Rank(shard, 2), 0, (Segment(outer.local_size),))
-            layout = ParameterLayout((outer, inner))
-            total += layout.squared_sum(layout.slice(full)).item()
-    assert abs(total / full.square().sum().item() - 1) < 1e-6, "every element counts once over both axes"

@@ -10,10 +10,10 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
-from tensor_cases import PATHS, TIMEOUT_SECONDS
-from tensor_models import BASE, make_model
 
 from ranks import run_ranks, slowness
+from tensor_cases import PATHS, TIMEOUT_SECONDS
+from tensor_models import BASE, make_model
 from trainer.data import build_tokenizer
 
 SCRIPT = Path(__file__).parent / "workers" / "research_tensor_parallel.py"

@@ -5,8 +5,8 @@ import multiprocessing
 
 import numpy as np
 import pytest
-from data_support import config, small_tokenizer, write_rows
 
+from data_support import config, small_tokenizer, write_rows
 from trainer.data import load_splits, splits as splits_module
 from trainer.data.cache import cached_store, tokenizer_digest
 from trainer.data.encode import EncodedRow

@@ -4,8 +4,8 @@ The templates are small ones of this project's own, each with the habit of a fam
 """
 
 import pytest
-from data_support import config, small_tokenizer, write_rows
 
+from data_support import config, small_tokenizer, write_rows
 from trainer.data import load_splits
 from trainer.data.chat import ChatTemplateError, assistant_turns, render_chat
 

@@ -1,8 +1,8 @@
 """Which tokens are targets, format by format, seen through the text that they spell."""
 
 import pytest
-from data_support import config, small_tokenizer, write_rows
 
+from data_support import config, small_tokenizer, write_rows
 from trainer.data import load_splits
 
 EOS = "<|endoftext|>"

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_support import config
 
+from data_support import config
 from trainer.data import build_tokenizer, collate, corpus, load_splits, plan_epoch, plan_packed
 from trainer.data.packing import _best_fill
 

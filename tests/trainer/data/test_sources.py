@@ -6,8 +6,8 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from data_support import config, small_tokenizer, write_rows
 
+from data_support import config, small_tokenizer, write_rows
 from trainer.data import load_split, load_splits
 from trainer.data.hub import HubRows
 from trainer.recipe.config import DataSource

@@ -5,8 +5,8 @@ import json
 
 import numpy as np
 import pytest
-from data_support import config, write_rows
 
+from data_support import config, write_rows
 from trainer.data import build_tokenizer, load_splits, synthetic_rows
 
 

@@ -11,10 +11,11 @@ from mlx.utils import tree_flatten
 
 from tiny import CONFIGS, make
 from trainer.layers.lora_matmul import use_fast_lora
-from trainer.layers.prepare import prepare_for_training
 from trainer.memory.tracing import trace
 from trainer.model.lora import DropoutKeys, LoRASpec, attach, find_targets
-from trainer.training.loss import TokenLoss
+from trainer.model.method import prepare_for_training
+from trainer.objectives.sft import SupervisedFineTuning
+from trainer.training.loss import StepLoss
 
 ARCHITECTURES = ("llama", "qwen3_5")
 PRODUCTS = ("Matmul", "AddMM")
@@ -45,7 +46,7 @@ def products(architecture: str, num_layers: int, adapted: int | None, with_gradi
         "mask": mx.arange(TOKENS)[None] > 0,
         "keys": mx.zeros((1, 2), mx.uint32),
     }
-    loss = TokenLoss(keys, packed=False)
+    loss = StepLoss(SupervisedFineTuning(), keys, packed=False)
     names, values = zip(*tree_flatten(model.trainable_parameters()))
 
     def step(*arrays: mx.array) -> list[mx.array]:

@@ -7,7 +7,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
 
 from parallel.lm_head import Head
-from trainer.layers import linear_cross_entropy as module_under_test
+from trainer.layers import head_chunks
 from trainer.layers.linear_cross_entropy import linear_cross_entropy
 
 B, L, D, V = 2, 350, 64, 96
@@ -114,8 +114,8 @@ def test_memory_stays_at_one_chunk(monkeypatch):
     """Catches chunks that are all alive at once: with 32 times the rows of a chunk, the peak is a few chunks'
     logits.
     """
-    monkeypatch.setattr(module_under_test, "CPU_LOGITS", 64 * 8192)
-    monkeypatch.setattr(module_under_test, "MIN_ROWS", 64)
+    monkeypatch.setattr(head_chunks, "CPU_LOGITS", 64 * 8192)
+    monkeypatch.setattr(head_chunks, "MIN_ROWS", 64)
     mx.random.seed(0)
     head = Head(nn.Embedding(8192, 16), tied=True)
     head.module.freeze()

@@ -10,8 +10,8 @@ from test_prepare import assert_same, loss_and_grads
 from tiny import make
 from trainer.layers.checkpointing import checkpoint_layers
 from trainer.layers.lora_matmul import use_fast_lora
-from trainer.layers.prepare import prepare_for_training
 from trainer.model.lora import DropoutKeys, LoRASpec, attach, find_targets
+from trainer.model.method import prepare_for_training
 
 BASES = {
     "linear": lambda: nn.Linear(64, 48, bias=False),

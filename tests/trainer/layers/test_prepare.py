@@ -12,8 +12,8 @@ from tiny import CONFIGS, make
 from trainer.layers import prepare
 from trainer.layers.causal_conv import causal_conv
 from trainer.layers.elementwise import exp, precise_swiglu, silu, swiglu
-from trainer.layers.prepare import prepare_for_training
 from trainer.layers.segments import StateSegments
+from trainer.model.method import prepare_for_training
 
 
 def loss_and_grads(model, tokens, cache=None, mask=None):

@@ -14,11 +14,12 @@ def result():
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_equals_one_device(result, method):
+@pytest.mark.parametrize("loss", ["cross_entropy", "log_probs"])
+def test_equals_one_device(result, loss, method):
     """Catches a vocabulary slice whose softmax or gradient misses the other ranks' logits, and layers that lose
     their split.
     """
-    loss, gradient, name, num_gradients = result[method]
-    assert loss < 1e-6
+    value, gradient, name, num_gradients = result[f"{loss} {method}"]
+    assert value < 1e-6
     assert gradient < 1e-5, name
     assert num_gradients > 20

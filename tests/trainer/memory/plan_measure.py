@@ -16,7 +16,6 @@ from trainer.model.shapes import planned_model
 from trainer.recipe.config import Recipe
 from trainer.recipe.rules import resolve_mesh
 from trainer.training.loop import clipped_gradients
-from trainer.training.loss import TokenLoss
 from trainer.training.optim import Optimizer
 
 
@@ -53,7 +52,7 @@ def measure(recipe: Recipe, world: comm.Group, accumulation: int) -> Measured:
     mx.eval(model.parameters(), batch)
     optimizer = Optimizer(model.trainable_parameters(), recipe.optimizer)
     mx.eval([array for _, array in optimizer.tensors()])
-    step = value_and_grad(model, TokenLoss(real.keys, real.is_packed))
+    step = value_and_grad(model, plan_memory(recipe, real).loss)
     weights = nbytes(model.parameters())
     gc.collect()
     mx.clear_cache()

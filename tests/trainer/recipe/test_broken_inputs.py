@@ -236,7 +236,7 @@ def test_one_rank_without_the_recipe_is_named(tmp_path: Path, recipe: str) -> No
 def test_a_tokenizer_of_another_model(tmp_path: Path, recipe: str, capsys, monkeypatch) -> None:
     """Catches a token id that reads beyond the embedding's memory, where the config says more than the weights have."""
     monkeypatch.setenv("MLX_TRAINER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("trainer.build.num_embeddings", lambda model: 3)
+    monkeypatch.setattr("trainer.opening.num_embeddings", lambda model: 3)
     assert main([recipe]) == 2
     assert "the tokenizer does not belong to this model" in capsys.readouterr().err
 

@@ -7,9 +7,9 @@ from html import unescape
 from pathlib import Path
 
 import numpy as np
-from data_support import write_rows
 from rich.console import Console
 
+from data_support import write_rows
 from trainer.__main__ import main
 from trainer.model.shapes import open_shapes
 from trainer.opening import open_recipe

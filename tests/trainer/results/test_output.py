@@ -10,8 +10,8 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import quantize_model
-from saved_models import CONFIGS, TOKENS, make_model, make_tokenizer, nudge_parameters
 
+from saved_models import CONFIGS, TOKENS, make_model, make_tokenizer, nudge_parameters
 from trainer.results.mlx_lm_format import adapter_config, write_adapters, write_model
 
 LORA = {"rank": 4, "scale": 2.0, "dropout": 0.0}

@@ -11,11 +11,11 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
-from tensor_cases import loss_fn
 
 import comm
 from parallel import FullyShardedDataParallel, PipelineParallel, value_and_grad
 from parallel.fsdp.fully_sharded import gathered_bytes
+from tensor_cases import loss_fn
 from trainer.machine.blas import load_fast_blas
 
 

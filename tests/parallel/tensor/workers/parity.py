@@ -12,10 +12,10 @@ from typing import Any
 import mlx.core as mx
 import tensor_checks
 import tensor_training
-from tensor_cases import Case, first_gradients, relative_error, train, worst
 
 import comm
 from parallel import TensorParallel, gather_tensors, model_layout
+from tensor_cases import Case, first_gradients, relative_error, train, worst
 
 
 def compare(name: str, folder: Path, num_steps: int, group: comm.Group) -> dict[str, Any]:

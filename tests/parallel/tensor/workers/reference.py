@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import mlx.core as mx
+
 from tensor_cases import Case, first_gradients, train
 
 folder = Path(sys.argv[1])

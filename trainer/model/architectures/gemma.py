@@ -1,0 +1,5 @@
+"""Gemma 3."""
+
+from trainer.model.architectures.table import Architecture
+
+ROWS = {"gemma3_text": Architecture(packs=True)}
