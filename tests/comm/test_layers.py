@@ -112,6 +112,16 @@ def test_folders_of_one_floor_make_no_circle() -> None:
 
 
 @pytest.mark.parametrize("package", PACKAGES)
+def test_no_tool_of_tests_in_the_packages(package: str) -> None:
+    """Catches library code that works by way of mocks."""
+    for path, tree in sources(package):
+        for node in ast.walk(tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {name.split(".")[0] for name in names} & {"pytest", "unittest"}, path
+
+
+@pytest.mark.parametrize("package", PACKAGES)
 def test_every_collective_names_its_group(package: str) -> None:
     """Catches a collective on MLX's default group, which sub-groups may have replaced."""
     for path, tree in sources(package):

@@ -1,6 +1,6 @@
 """Tiny models for the memory plan: dense, with recurrent layers, with experts."""
 
-from trainer.memory.shapes import PlannedModel, planned_model
+from trainer.model.shapes import PlannedModel, planned_model
 from trainer.recipe.config import Recipe
 from trainer.recipe.load import recipe_from
 

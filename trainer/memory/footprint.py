@@ -1,10 +1,7 @@
-"""Memory of one rank of a run, from shapes: weights, gradients, optimizer, and what a step needs beside them.
+"""Memory of one rank of a run: exact for weights, gradients and optimizer; for the rest of a step, scaled from its graph.
 
-The first three are exact. The rest comes from the graph of one training step (`trainer.memory.liveness`), traced
-once on one device and scaled to the mesh: a pipeline stage keeps its layers' share for each micro-batch in
-flight, and tensor parallelism divides all but the residual stream.
-
-Letters: B rows of a micro-batch, L tokens of a row.
+The graph (`trainer.memory.liveness`) is that of one device, traced once: a pipeline stage keeps its layers' share for
+each micro-batch in flight, and tensor parallelism divides all but the residual stream.
 """
 
 from __future__ import annotations
@@ -16,7 +13,6 @@ from functools import cached_property
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.lora import LoRASwitchLinear
 
@@ -25,10 +21,12 @@ from parallel import hidden_and_head
 from parallel.pipeline import check_stages, even_split, memory_split
 from trainer.memory.liveness import Buffer, Lifetimes, lifetimes
 from trainer.memory.placement import Part, Placement
-from trainer.memory.shapes import PlannedModel
-from trainer.memory.traced_graph import trace
+from trainer.memory.tracing import trace
 from trainer.model.lora import EXPERTS
+from trainer.model.shapes import PlannedModel
+from trainer.objectives.table import OBJECTIVES
 from trainer.recipe.config import Recipe
+from trainer.training.loss import StepLoss
 from trainer.training.optim import Optimizer
 
 # Buffers of MLX's ring backend, and a bucket of gradients, per group; comm chooses buckets of about this size.
@@ -58,18 +56,33 @@ class Footprint:
         return self.weights + self.gradients + self.optimizer + self.buffers + self.activations
 
 
-class Footprints:
-    """Footprints of one recipe on any mesh; the step is traced once.
+def plan_memory(recipe: Recipe, planned: PlannedModel) -> MemoryPlan:
+    """Bytes that the ranks of any mesh need for a recipe; nothing is evaluated.
 
     Args:
         recipe: gives the batch, the optimizer and the pipeline's schedule.
-        planned: the recipe's model.
+        planned: the recipe's model; it is left as it was.
+    """
+    return MemoryPlan(recipe, planned)
+
+
+class MemoryPlan:
+    """What a recipe's ranks need on any mesh; the step is traced once. Made by `plan_memory`.
+
+    Attributes:
+        parts: all parameters, whole.
+        num_layers: of the model.
+        loss: the run's loss function.
     """
 
     def __init__(self, recipe: Recipe, planned: PlannedModel) -> None:
         self.recipe = recipe
         self.planned = planned
-        self.placement = Placement(planned.model)
+        objective = OBJECTIVES[recipe.objective.name](recipe.objective)
+        self.loss = StepLoss(objective, planned.keys, planned.is_packed)
+        self._placement = Placement(planned.model)
+        self.parts = self._placement.parts
+        self.num_layers = self._placement.num_layers
 
     def split(self, pp: int) -> list[int]:
         """Layers of each pipeline stage; `memory` is planned for machines of equal memory.
@@ -77,15 +90,15 @@ class Footprints:
         Raises:
             ValueError: the model cannot be cut into stages.
         """
-        num_layers, split = self.placement.num_layers, self.recipe.parallel.split
+        split = self.recipe.parallel.split
         if pp > 1:
             check_stages(self.planned.model)
         if isinstance(split, list) and len(split) == pp:
             return split
         if split == "memory" and pp > 1:
-            sizes = [0] * num_layers
+            sizes = [0] * self.num_layers
             first = last = 0
-            for part in self.placement.parts:
+            for part in self.parts:
                 if part.layer is not None:
                     sizes[part.layer] += part.num_bytes
                 elif "embed" in part.name:
@@ -93,7 +106,15 @@ class Footprints:
                 else:
                     last += part.num_bytes
             return memory_split(sizes, first, last, [1] * pp)
-        return even_split(num_layers, pp)
+        return even_split(self.num_layers, pp)
+
+    def rank_parts(self, mesh: MeshShape, stage: int) -> list[Part]:
+        """The parameters on a rank of a pipeline stage, each as it holds it; with FSDP those of its largest rank.
+
+        Raises:
+            ValueError: the model cannot be divided so.
+        """
+        return self._placement.rank(mesh, stage, self.split(mesh.pp))
 
     def of(self, mesh: MeshShape, accumulation: int) -> Footprint:
         """The footprint of the fullest rank.
@@ -109,16 +130,16 @@ class Footprints:
 
     def stage(self, mesh: MeshShape, accumulation: int, stage: int) -> Footprint:
         """The footprint of the ranks of one pipeline stage; arguments as for `of`."""
-        parts = self.placement.rank(mesh, stage, self.split(mesh.pp))
+        parts = self.rank_parts(mesh, stage)
         trained = [part for part in parts if part.trainable]
         weights = sum(part.num_bytes for part in parts)
         gradients = sum(part.size * self._gradient_item_bytes(part, mesh, accumulation) for part in trained)
         optimizer = optimizer_bytes(trained, self.recipe)
         buffers = self._buffers(mesh, stage, trained, gradients)
-        step = self._step_peak(mesh, accumulation, stage, trained, gradients)
-        update = gradients + self._update_excess * _elements(trained) / _elements(self._all_trained)
+        step = self._step_peak(mesh, accumulation, stage, gradients)
+        excess = self._update_excess * sum(part.size for part in trained) / sum(part.size for part in self._all_trained)
         # Gathered weights and gradients on their way are gone when the optimizer begins.
-        most = max(step + buffers, update + self._group_bytes(mesh))
+        most = max(step + buffers, gradients + excess + self._group_bytes(mesh))
         return Footprint(weights, gradients, optimizer, buffers, round(most - gradients - buffers))
 
     def _gradient_item_bytes(self, part: Part, mesh: MeshShape, accumulation: int) -> int:
@@ -140,67 +161,44 @@ class Footprints:
 
     def _gathered(self, mesh: MeshShape, stage: int) -> int:
         """FSDP: the unit in use, gathered, with its gradients, and the gathered weights of the next, in either pass."""
-        whole = MeshShape(1, 1, mesh.pp, mesh.tp)
         weights: dict[int | str, int] = {}
         gradients: dict[int | str, int] = {}
-        for part in self.placement.rank(whole, stage, self.split(mesh.pp)):
+        for part in self.rank_parts(MeshShape(1, 1, mesh.pp, mesh.tp), stage):
             unit = part.name.rpartition(".")[0] if part.layer is None else part.layer
             weights[unit] = weights.get(unit, 0) + part.num_bytes
             gradients[unit] = gradients.get(unit, 0) + part.num_bytes * part.trainable
-        order = sorted(weights, key=lambda unit: (not _is_embedding(unit), isinstance(unit, str), unit))
+        order = sorted(weights, key=lambda unit: ("embed" not in str(unit), isinstance(unit, str), unit))
         sizes = [0, *(weights[unit] for unit in order), 0]
-        return max(
-            weights[unit] + gradients[unit] + max(sizes[i], sizes[i + 2]) for i, unit in enumerate(order)
-        )
+        return max(weights[unit] + gradients[unit] + max(sizes[i], sizes[i + 2]) for i, unit in enumerate(order))
 
-    def _step_peak(
-        self, mesh: MeshShape, accumulation: int, stage: int, trained: list[Part], gradients: int
-    ) -> float:
+    def _step_peak(self, mesh: MeshShape, accumulation: int, stage: int, gradients: int) -> float:
         """Most bytes of activations and gradients at any time of forward and backward."""
-        whole_share = 1 / mesh.tp
+        hidden_dims = self.planned.text_config.get("hidden_size", 0)
 
         def activation(buffer: Buffer) -> float:
-            is_residual = bool(buffer.shape) and buffer.shape[-1] == self._hidden_dims
-            return 0.0 if buffer.is_result else buffer.num_bytes * (1.0 if is_residual else whole_share)
+            is_residual = bool(buffer.shape) and buffer.shape[-1] == hidden_dims
+            return 0.0 if buffer.is_result else buffer.num_bytes * (1.0 if is_residual else 1 / mesh.tp)
 
-        over_time = self._step_lifetimes(accumulation > 1)
-        alive = over_time.bytes_over_time(activation)
-        growing = over_time.bytes_over_time(lambda b: float(b.num_bytes) if b.is_result else 0.0)
-        if mesh.pp > 1:
-            return gradients + self._pipeline_peak(mesh, accumulation, stage, alive, activation)
-        total = growing.max() or 1.0
-        return float((alive + growing * (gradients / total)).max())
-
-    def _pipeline_peak(
-        self,
-        mesh: MeshShape,
-        accumulation: int,
-        stage: int,
-        alive: np.ndarray,
-        activation: Callable[[Buffer], float],
-    ) -> float:
-        """One stage's kept activations of all micro-batches in flight, and its work on one of them."""
+        step = self._adding_step if accumulation > 1 else self._plain_step
+        alive = step.bytes_over_time(activation)
+        if mesh.pp == 1:
+            growing = step.bytes_over_time(lambda b: float(b.num_bytes) if b.is_result else 0.0)
+            return float((alive + growing * (gradients / (growing.max() or 1.0))).max())
+        # A stage keeps its share of the activations of all micro-batches in flight, and works on one of them.
+        layers = self._layers.bytes_over_time(activation)
+        kept = layers[self._layers.made_at[-1]]
+        work = (alive if stage == mesh.pp - 1 else layers).max() - kept
+        is_early = self.recipe.parallel.schedule == "1f1b"
+        in_flight = min(accumulation, mesh.pp - stage) if is_early else accumulation
         split = self.split(mesh.pp)
-        layers = self._layer_lifetimes
-        over_time = layers.bytes_over_time(activation)
-        kept = over_time[layers.made_at[-1]]
-        in_flight = min(
-            accumulation, mesh.pp - stage if self.recipe.parallel.schedule == "1f1b" else accumulation
-        )
-        is_last = stage == mesh.pp - 1
-        work = (alive if is_last else over_time).max() - kept
-        return in_flight * kept * split[stage] / sum(split) + max(work, 0.0)
-
-    @property
-    def _hidden_dims(self) -> int:
-        return self.planned.text_config.get("hidden_size", 0)
+        return gradients + in_flight * kept * split[stage] / sum(split) + max(work, 0.0)
 
     @cached_property
     def _all_trained(self) -> list[Part]:
-        return [part for part in self.placement.parts if part.trainable]
+        return [part for part in self.parts if part.trainable]
 
     @property
-    def _batch(self) -> dict[str, mx.array]:
+    def batch(self) -> dict[str, mx.array]:
         """A micro-batch of full rows in which every token is learned: the largest there is."""
         shape = (self.recipe.batch_size_per_device, self.recipe.data.max_seq_len)
         return {
@@ -210,34 +208,37 @@ class Footprints:
             "keys": mx.zeros((shape[0], 2), dtype=mx.uint32),
         }
 
-    def _step_lifetimes(self, accumulates: bool) -> Lifetimes:
-        return self._adding_lifetimes if accumulates else self._plain_lifetimes
+    @cached_property
+    def _plain_step(self) -> Lifetimes:
+        return self._step([])
 
     @cached_property
-    def _plain_lifetimes(self) -> Lifetimes:
+    def _adding_step(self) -> Lifetimes:
         with _experts_frozen(self.planned.model):
-            return _trace_step(self.planned, self._batch, accumulates=False)
+            return self._step([mx.zeros(p.shape) for _, p in tree_flatten(self.planned.model.trainable_parameters())])
+
+    def _step(self, sums: list[mx.array]) -> Lifetimes:
+        """Loss and gradients of one micro-batch, added to the sums of earlier ones where there are any."""
+        def function(model: nn.Module, *earlier: mx.array) -> list[mx.array]:
+            (total, num_tokens), grads = nn.value_and_grad(model, self.loss)(model, self.batch)
+            gradients = [grad for _, grad in tree_flatten(grads)]
+            return [total, num_tokens, *([s + g.astype(s.dtype) for s, g in zip(earlier, gradients)] or gradients)]
+
+        return _trace_model(self.planned.model, function, sums)
 
     @cached_property
-    def _adding_lifetimes(self) -> Lifetimes:
-        with _experts_frozen(self.planned.model):
-            return _trace_step(self.planned, self._batch, accumulates=True)
-
-    @cached_property
-    def _layer_lifetimes(self) -> Lifetimes:
+    def _layers(self) -> Lifetimes:
         """Forward and backward without head and loss; its last result is the hidden states."""
-        tokens = self._batch["tokens"]
 
         def hidden_sum(model: nn.Module) -> tuple[mx.array, mx.array]:
-            hidden, _ = hidden_and_head(model, tokens)
+            hidden, _ = hidden_and_head(model, self.batch["tokens"])
             return hidden.astype(mx.float32).sum(), hidden
 
         def function(model: nn.Module) -> list[mx.array]:
             (total, hidden), grads = nn.value_and_grad(model, hidden_sum)(model)
-            return [total, *(g for _, g in tree_flatten(grads)), hidden]
+            return [total, *(grad for _, grad in tree_flatten(grads)), hidden]
 
-        with _experts_frozen(self.planned.model):
-            return _trace_model(self.planned.model, function, [])
+        return _trace_model(self.planned.model, function, [])
 
     @cached_property
     def _update_excess(self) -> float:
@@ -246,17 +247,17 @@ class Footprints:
         examples = [mx.zeros(part.shape, dtype=part.dtype) for part in trained]
 
         def function(*arrays: mx.array) -> list[mx.array]:
-            tree = tree_unflatten([(part.name, a) for part, a in zip(trained, arrays, strict=False)])
+            tree = tree_unflatten([(part.name, a) for part, a in zip(trained, arrays)])
             holder = nn.Module()
             dict.update(holder, tree)
             optimizer = Optimizer(tree, self.recipe.optimizer)
-            grads = [(part.name, g) for part, g in zip(trained, arrays[len(trained) :], strict=True)]
+            grads = [(part.name, g) for part, g in zip(trained, arrays[len(trained) :])]
             optimizer.update(holder, tree_unflatten(grads), 1e-3)
             updated = [value for _, value in tree_flatten(holder.trainable_parameters())]
             return [*updated, *(state for _, state in optimizer.tensors())]
 
         graph = trace(function, [*examples, *examples])
-        given_up = {name: part.num_bytes for name, part in zip(graph.inputs, trained, strict=False)}
+        given_up = {name: part.num_bytes for name, part in zip(graph.inputs, trained)}
         peak = lifetimes(graph, given_up).bytes_over_time().max()
         return peak - sum(given_up.values()) - optimizer_bytes(trained, self.recipe)
 
@@ -265,29 +266,6 @@ def optimizer_bytes(trained: list[Part], recipe: Recipe) -> int:
     """Bytes of the optimizer's state for parts of these shapes: of the run's own optimizer, never evaluated."""
     tree = tree_unflatten([(part.name, mx.zeros(part.shape, dtype=part.dtype)) for part in trained])
     return sum(array.nbytes for _, array in Optimizer(tree, recipe.optimizer).tensors())
-
-
-def _is_embedding(unit: int | str) -> bool:
-    return isinstance(unit, str) and "embed" in unit
-
-
-def _elements(parts: list[Part]) -> int:
-    return sum(part.size for part in parts)
-
-
-def _trace_step(planned: PlannedModel, batch: dict[str, mx.array], accumulates: bool) -> Lifetimes:
-    """Loss and gradients of one micro-batch, added to those of earlier ones where `accumulates`."""
-    trainable = tree_flatten(planned.model.trainable_parameters())
-    sums = [mx.zeros(p.shape) for _, p in trainable] if accumulates else []
-
-    def function(model: nn.Module, *earlier: mx.array) -> list[mx.array]:
-        (loss, num_tokens), grads = nn.value_and_grad(model, planned.loss)(model, batch)
-        gradients = [g for _, g in tree_flatten(grads)]
-        if accumulates:
-            gradients = [s + g.astype(s.dtype) for s, g in zip(earlier, gradients, strict=True)]
-        return [loss, num_tokens, *gradients]
-
-    return _trace_model(planned.model, function, sums)
 
 
 @contextlib.contextmanager
@@ -300,7 +278,7 @@ def _experts_frozen(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, names in zip(experts, frozen_before, strict=True):
+        for module, names in zip(experts, frozen_before):
             module._no_grad = names
 
 
@@ -313,12 +291,13 @@ def _trace_model(model: nn.Module, function: Callable, arguments: list[mx.array]
     names = [name for name, _ in parameters]
 
     def traced(*arrays: mx.array) -> list[mx.array]:
-        model.update(tree_unflatten(list(zip(names, arrays[: len(names)], strict=True))))
+        model.update(tree_unflatten(list(zip(names, arrays[: len(names)]))))
         return function(model, *arrays[len(names) :])
 
     try:
-        graph = trace(traced, [*(p for _, p in parameters), *arguments])
+        with _experts_frozen(model):
+            graph = trace(traced, [*(p for _, p in parameters), *arguments])
     finally:
         model.update(tree_unflatten(parameters))
-    given_up = dict(zip(graph.inputs[len(names) :], (a.nbytes for a in arguments), strict=True))
+    given_up = dict(zip(graph.inputs[len(names) :], (a.nbytes for a in arguments)))
     return lifetimes(graph, given_up)

@@ -1,6 +1,6 @@
 """How much memory a computation will need, from its graph alone: nothing is evaluated, no weight has to exist.
 
-The operations of a traced function (`trainer.memory.traced_graph`) are walked through in the order in which MLX evaluates
+The operations of a traced function (`trainer.memory.tracing`) are walked through in the order in which MLX evaluates
 them, with a buffer for each result until its last reader has run. Views and results that take over the
 buffer of an input cost nothing. Assumes that operations run one after the other: what a device
 allocates ahead of time is not in it.
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from trainer.memory.graph import Graph, Operation
+from trainer.memory.tracing import Graph, Operation
 
 # Results that share their input's memory.
 _VIEWS = frozenset(
@@ -34,7 +34,7 @@ _ELEMENTWISE = frozenset(
 _WIDTH = 20
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Buffer:
     """Memory of one or more arrays.
 
@@ -43,13 +43,15 @@ class Buffer:
         num_bytes: its size.
         born, died: steps of the execution at which it comes and goes; died is past the end for results.
         is_result: the function returns it.
+        num_owners: arrays in it that are still to be read, during the walk.
     """
 
     shape: tuple[int, ...]
     num_bytes: int
     born: int
     died: int
-    is_result: bool
+    is_result: bool = False
+    num_owners: int = 0
 
 
 @dataclass
@@ -129,57 +131,44 @@ class _Walk:
 
     def __init__(self, graph: Graph, given_up: dict[str, int]) -> None:
         self.graph = graph
+        self.order = execution_order(graph)
         self.readers = Counter(name for op in graph.operations for name in op.inputs)
         self.readers.update(graph.outputs)
-        self.owners: Counter[int] = Counter()
         self.in_order: dict[str, bool] = {}
-        self.buffer_of: dict[str, int | None] = {}
-        self.shapes: list[tuple[int, ...]] = []
-        self.sizes: list[int] = []
-        self.born: list[int] = []
-        self.died: list[int | None] = []
+        self.buffers: list[Buffer] = []
+        self.buffer_of: dict[str, Buffer | None] = {}
         for name, num_bytes in given_up.items():
-            self._make(name, (), num_bytes, 0)
+            self._share(name, self._made((), num_bytes, 0))
 
     def run(self) -> Lifetimes:
-        order = execution_order(self.graph)
         made_at = {}
-        for step, index in enumerate(order):
+        for step, index in enumerate(self.order):
             operation = self.graph.operations[index]
             self._place(operation, step)
             made_at |= dict.fromkeys(operation.outputs, step)
-            for name in operation.outputs:
+            self.readers.subtract(operation.inputs)
+            for name in (*operation.outputs, *dict.fromkeys(operation.inputs)):
                 if not self.readers[name]:
                     self._drop(name, step)
-            for name in operation.inputs:
-                self.readers[name] -= 1
-                if not self.readers[name]:
-                    self._drop(name, step)
-        results = {self.buffer_of.get(name) for name in self.graph.outputs}
-        buffers = [
-            Buffer(shape, size, born, len(order) if died is None else died, number in results)
-            for number, (shape, size, born, died) in enumerate(
-                zip(self.shapes, self.sizes, self.born, self.died, strict=True)
-            )
-        ]
-        return Lifetimes(buffers, len(order), [made_at.get(name, 0) for name in self.graph.outputs])
+        for name in self.graph.outputs:
+            if buffer := self.buffer_of.get(name):
+                buffer.is_result = True
+        return Lifetimes(self.buffers, len(self.order), [made_at.get(name, 0) for name in self.graph.outputs])
 
     def _place(self, operation: Operation, step: int) -> None:
         """Give each result of an operation its buffer: that of an input, or a new one."""
-        taken: set[int] = set()
+        taken: list[Buffer] = []
         for position, name in enumerate(operation.outputs):
             source = self._viewed(operation, position)
             if source is not None:
                 self._share(name, self.buffer_of.get(source))
-                keeps_order = operation.name not in _SCATTERS
-                self.in_order[name] = keeps_order and self.in_order.get(source, True)
+                self.in_order[name] = operation.name not in _SCATTERS and self.in_order.get(source, True)
                 continue
-            reused = self._reusable(operation, operation.num_bytes[position], taken)
-            if reused is None:
-                self._make(name, operation.shapes[position], operation.num_bytes[position], step)
-            else:
-                taken.add(reused)
-                self._share(name, reused)
+            buffer = self._reusable(operation, operation.num_bytes[position], taken)
+            if buffer is None:
+                buffer = self._made(operation.shapes[position], operation.num_bytes[position], step)
+            taken.append(buffer)
+            self._share(name, buffer)
 
     def _viewed(self, operation: Operation, position: int) -> str | None:
         """The input whose memory the result shares by its nature, if any."""
@@ -193,34 +182,29 @@ class _Walk:
         is_view |= operation.name in _RESHAPES and self.in_order.get(source, True)
         return source if is_view else None
 
-    def _reusable(self, operation: Operation, num_bytes: int, taken: set[int]) -> int | None:
+    def _reusable(self, operation: Operation, num_bytes: int, taken: list[Buffer]) -> Buffer | None:
         """The buffer of an input that is read here for the last time and has the result's size."""
-        if operation.name not in _ELEMENTWISE:
-            return None
-        for name in operation.inputs:
+        for name in operation.inputs if operation.name in _ELEMENTWISE else ():
             buffer = self.buffer_of.get(name)
             is_last = self.readers[name] == operation.inputs.count(name)
-            if buffer is None or buffer in taken or not is_last or self.owners[buffer] != 1:
+            if buffer is None or buffer in taken or not is_last or buffer.num_owners != 1:
                 continue
-            if self.sizes[buffer] == num_bytes:
+            if buffer.num_bytes == num_bytes:
                 return buffer
         return None
 
-    def _make(self, name: str, shape: tuple[int, ...], num_bytes: int, step: int) -> None:
-        self.shapes.append(shape)
-        self.sizes.append(num_bytes)
-        self.born.append(step)
-        self.died.append(None)
-        self._share(name, len(self.sizes) - 1)
+    def _made(self, shape: tuple[int, ...], num_bytes: int, step: int) -> Buffer:
+        self.buffers.append(Buffer(shape, num_bytes, step, died=len(self.order)))
+        return self.buffers[-1]
 
-    def _share(self, name: str, buffer: int | None) -> None:
+    def _share(self, name: str, buffer: Buffer | None) -> None:
         self.buffer_of[name] = buffer
         if buffer is not None:
-            self.owners[buffer] += 1
+            buffer.num_owners += 1
 
     def _drop(self, name: str, step: int) -> None:
         buffer = self.buffer_of.get(name)
         if buffer is not None:
-            self.owners[buffer] -= 1
-            if not self.owners[buffer]:
-                self.died[buffer] = step
+            buffer.num_owners -= 1
+            if not buffer.num_owners:
+                buffer.died = step

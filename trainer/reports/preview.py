@@ -14,8 +14,8 @@ import numpy as np
 
 from trainer.data import BadRows, PlannedBatch, TokenizedRows, collate, load_splits
 from trainer.data.encode import plain_tokenizer
-from trainer.memory.shapes import open_shapes
 from trainer.model.loading import pad_token
+from trainer.model.shapes import open_shapes
 from trainer.opening import Opened, open_recipe
 from trainer.recipe.config import Recipe
 from trainer.recipe.rules import resolve_mesh

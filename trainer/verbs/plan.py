@@ -1,6 +1,6 @@
 """`python -m trainer plan`: what a recipe needs on each rank, whether it fits, and which mesh is the cheapest.
 
-Needs the model's config only. Bytes are those of `trainer.memory.footprint`; the time of a step is an estimate, from
+Needs the model's config only. Bytes are those of `trainer.memory`; the time of a step is an estimate, from
 the compute rate and the link that the user gives, and serves to compare meshes with one another.
 """
 
@@ -15,9 +15,9 @@ from functools import cached_property
 
 from comm import MeshShape
 from trainer.machine.limits import GIB
-from trainer.memory.footprint import Footprint, Footprints
-from trainer.memory.shapes import PlannedModel, planned_model
+from trainer.memory import Footprint, plan_memory
 from trainer.model.flops import TokenFlops, token_flops
+from trainer.model.shapes import PlannedModel, planned_model
 from trainer.recipe.config import Recipe
 from trainer.recipe.load import load_recipe
 from trainer.recipe.rules import resolve_batch, resolve_mesh
@@ -104,7 +104,7 @@ class Planner:
         self.recipe = recipe
         self.planned = planned
         self.machine = machine
-        self.footprints = Footprints(recipe, planned)
+        self.memory = plan_memory(recipe, planned)
 
     def choice(self, mesh: MeshShape, accumulation: int) -> Choice:
         """One mesh with its footprint and cost.
@@ -112,7 +112,7 @@ class Planner:
         Raises:
             ValueError: The model cannot be divided so.
         """
-        footprint = self.footprints.of(mesh, accumulation)
+        footprint = self.memory.of(mesh, accumulation)
         sent, messages = self._traffic(mesh, accumulation)
         compute = self._flops(mesh, accumulation) / mesh.world / self.machine.flops
         # A pipeline's stages wait while it fills and drains.
@@ -126,7 +126,7 @@ class Planner:
         refused: dict[str, str] = {}
         rows = accumulation * mesh.dp
         for other in meshes(mesh.world):
-            if other == mesh or rows % other.dp or other.pp > self.footprints.placement.num_layers:
+            if other == mesh or rows % other.dp or other.pp > self.memory.num_layers:
                 continue
             try:
                 choices.append(self.choice(other, rows // other.dp))
@@ -149,12 +149,10 @@ class Planner:
         forward and for backward, tensor parallelism sums four times per layer, a pipeline sends activations
         and their gradients on.
         """
-        parts = self.footprints.placement.rank(
-            MeshShape(1, 1, mesh.pp, mesh.tp), 0, self.footprints.split(mesh.pp)
-        )
+        parts = self.memory.rank_parts(MeshShape(1, 1, mesh.pp, mesh.tp), 0)
         wire_item = {"float32": 4, "bfloat16": 2}.get(self.recipe.parallel.wire_dtype, 2)
         gradients = sum(part.size * wire_item for part in parts if part.trainable)
-        layers = math.ceil(self.footprints.placement.num_layers / mesh.pp)
+        layers = math.ceil(self.memory.num_layers / mesh.pp)
         item = max(part.dtype.size for part in parts if part.name.endswith("norm.weight"))
         activation = self.micro_batch_tokens * self.planned.text_config.get("hidden_size", 0) * item
         sent = _around(mesh.dp_replicate) * 2 * gradients / mesh.dp_shard
@@ -208,7 +206,7 @@ def this_machine_gib() -> float:
 
 
 def _report(planner: Planner, own: Choice, others: list[Choice], refused: list[str]) -> Iterator[str]:
-    recipe, parts = planner.recipe, planner.footprints.placement.parts
+    recipe, parts = planner.recipe, planner.memory.parts
     trained = sum(part.size for part in parts if part.trainable)
     stored = sum(part.num_bytes for part in parts) / GIB
     yield f"{recipe.model.path or recipe.model.config.get('model_type')}: {len(parts)} tensors, {stored:.2f} GiB;"

@@ -36,7 +36,7 @@ def _check_mesh(recipe: Recipe, mesh: MeshShape) -> None:
     path = recipe.model.path
     if (mesh.tp > 1 or mesh.pp > 1) and (path is None or is_local(path)):
         # MLX is loaded here only: everything else answers without it.
-        from trainer.memory.shapes import check_mesh
+        from trainer.model.shapes import check_mesh
 
         check_mesh(recipe, mesh)
 

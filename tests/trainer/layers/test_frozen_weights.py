@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 
 from tiny import CONFIGS, make
 from trainer.layers.lora_matmul import use_fast_lora
-from trainer.memory.traced_graph import trace
+from trainer.memory.tracing import trace
 from trainer.model.lora import DropoutKeys, LoRASpec, attach, find_targets
 from trainer.model.method import prepare_for_training
 from trainer.objectives.sft import SupervisedFineTuning

@@ -11,8 +11,8 @@ import comm
 from parallel import value_and_grad
 from trainer.build import wrap
 from trainer.layers.checkpointing import checkpoint_layers
-from trainer.memory.footprint import Footprints
-from trainer.memory.shapes import planned_model
+from trainer.memory import plan_memory
+from trainer.model.shapes import planned_model
 from trainer.recipe.config import Recipe
 from trainer.recipe.rules import resolve_mesh
 from trainer.training.loop import clipped_gradients
@@ -38,21 +38,21 @@ class Measured:
 def measure(recipe: Recipe, world: comm.Group, accumulation: int) -> Measured:
     """Bytes on this rank in a step of the loop, once the optimizer has state, and those that the plan says."""
     sizes = resolve_mesh(recipe.parallel, world.size)
-    footprints = Footprints(recipe, planned_model(recipe))
-    batch = footprints._batch
+    memory = plan_memory(recipe, planned_model(recipe))
+    batch = memory.batch
     # In a run, layers are checkpointed last.
     real = planned_model(replace(recipe, gradient_checkpointing=False))
     model = real.model
     # Drawing random weights would take longer than the steps.
     model.update(tree_map(lambda p: mx.full(p.shape, 0.01, dtype=p.dtype), model.parameters()))
     mesh = comm.Mesh.build(sizes, world)
-    plan = footprints.stage(sizes, accumulation, mesh.pp.rank)
+    plan = memory.stage(sizes, accumulation, mesh.pp.rank)
     wrap(model, recipe.parallel, mesh)
     checkpoint_layers(model.layers, recipe.gradient_checkpointing)
     mx.eval(model.parameters(), batch)
     optimizer = Optimizer(model.trainable_parameters(), recipe.optimizer)
     mx.eval([array for _, array in optimizer.tensors()])
-    step = value_and_grad(model, real.loss)
+    step = value_and_grad(model, plan_memory(recipe, real).loss)
     weights = nbytes(model.parameters())
     gc.collect()
     mx.clear_cache()

@@ -3,9 +3,10 @@
 from collections import Counter
 
 import mlx.core as mx
+import pytest
 
 from trainer.memory.liveness import lifetimes
-from trainer.memory.traced_graph import trace
+from trainer.memory.tracing import trace
 
 
 def square_of_sine(x: mx.array) -> mx.array:
@@ -44,7 +45,7 @@ def test_no_marker_is_left():
 
     graph = trace(lambda x, w: list(mx.grad(loss, argnums=(0, 1))(x, w)), [x, w])
     found = Counter(operation.name for operation in graph.operations)
-    assert found["Hadamard"] == 0 and found["Tan"] == 3 and len(graph.outputs) == 2
+    assert found["AsStrided"] == 0 and found["Tan"] == 3 and len(graph.outputs) == 2
     lifetimes(graph)
 
 
@@ -93,3 +94,31 @@ def test_a_checkpointed_part_is_computed_twice_and_keeps_its_input_only():
     assert count == [12, 24]
     peaks = [lifetimes(graph).bytes_over_time().max() for graph in (plain, checkpointed)]
     assert peaks[1] < 0.6 * peaks[0]
+
+
+def test_mlx_is_left_as_it_was():
+    """Stand-ins that stay in MLX after a trace, also one that fails, and reach a run's real steps."""
+    names = ("custom_function", "checkpoint", "contiguous")
+    before = [getattr(mx, name) for name in names]
+    trace(lambda x: [square_of_sine(mx.contiguous(x.T))], [mx.zeros((4, 8))])
+    with pytest.raises(ZeroDivisionError):
+        trace(lambda x: [x / (1 // 0)], [mx.zeros((4, 8))])
+    assert [getattr(mx, name) for name in names] == before
+
+
+def test_arguments_of_other_kinds_have_no_gradient():
+    """Integers or numbers of no dimension among the arguments, which the links between passes must leave out or fit."""
+
+    def chosen(x, scale, index):
+        @mx.custom_function
+        def run(x, scale, index):
+            return x[index] * scale, index
+
+        @run.vjp
+        def run_vjp(primals, cotangents, outputs):
+            return mx.tan(primals[0]), mx.tanh(cotangents[0].sum()), primals[2]
+
+        return run(x, scale, index)[0].sum()
+
+    found = names(lambda *a: list(mx.grad(chosen, argnums=(0, 1))(*a)), mx.zeros((4, 8)), mx.array(2.0), mx.array([1]))
+    assert found["Tan"] == found["Tanh"] == 1

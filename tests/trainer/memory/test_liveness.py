@@ -2,9 +2,8 @@
 
 import mlx.core as mx
 
-from trainer.memory.graph import Graph, Operation
 from trainer.memory.liveness import execution_order, lifetimes
-from trainer.memory.traced_graph import trace
+from trainer.memory.tracing import Graph, Operation, trace
 
 KIB = 1024
 

@@ -7,7 +7,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from tiny import make
-from trainer.memory.traced_graph import trace
+from trainer.memory.tracing import trace
 from trainer.model.flops import peak_tflops, token_flops
 from trainer.model.lora import DropoutKeys, LoRASpec, attach, find_targets
 

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from data_support import write_rows
 from trainer.__main__ import main
-from trainer.memory.shapes import open_shapes
+from trainer.model.shapes import open_shapes
 from trainer.opening import open_recipe
 from trainer.recipe.load import recipe_from
 from trainer.recipe.rules import resolve_mesh

@@ -116,7 +116,7 @@ def test_a_trillion_parameters_are_counted_without_weights():
     """Weights made in memory, or experts of 4 bits counted as 16."""
     recipe, planned = make(KIMI, model={"config": KIMI, "tokenizer": "bpe:8", "dtype": "bfloat16"})
     planner = Planner(recipe, planned, Machine(512 * GIB, 15e12, 1e9))
-    parts = planner.footprints.placement.parts
+    parts = planner.memory.parts
     assert 550 * GIB < sum(part.num_bytes for part in parts if not part.trainable) < 640 * GIB
     assert 30e9 < planner._token_flops.forward / 2 < 40e9
     assert mx.get_active_memory() < GIB

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from comm import MeshShape
 from parallel.pipeline import check_split, check_stages
@@ -26,10 +25,8 @@ from trainer.model.architectures import packing_supported
 from trainer.model.loading import BaseModel, open_model
 from trainer.model.lora import DropoutKeys
 from trainer.model.method import prepare_model
-from trainer.objectives.table import OBJECTIVES
 from trainer.recipe.config import ModelConfig, Recipe
 from trainer.recipe.paths import require_paths
-from trainer.training.loss import StepLoss
 
 _GROUP_SIZES = {"mxfp4": 32, "mxfp8": 32, "nvfp4": 16, "affine": 64}
 # Formats of `quantization_config` that name the format only; the bits and mode that MLX gives them.
@@ -48,20 +45,17 @@ class PlannedModel:
 
     Attributes:
         model: with adapters and frozen parameters as in a run; its arrays are lazy and must stay so.
-        loss: the run's loss function.
+        keys: of its dropout.
+        is_packed: whether rows are packed.
         text_config: the part of the config that describes the language model.
         notices: what was assumed.
     """
 
     model: nn.Module
-    loss: StepLoss
+    keys: DropoutKeys
+    is_packed: bool
     text_config: dict[str, Any]
     notices: tuple[str, ...]
-
-    @property
-    def trainable(self) -> set[str]:
-        """Names of the parameters that are trained."""
-        return {name for name, _ in tree_flatten(self.model.trainable_parameters())}
 
 
 def planned_model(recipe: Recipe) -> PlannedModel:
@@ -90,8 +84,7 @@ def planned_model(recipe: Recipe) -> PlannedModel:
     prepare_model(recipe, base, keys)
     checkpoint_layers(base.model.layers, recipe.gradient_checkpointing)
     base.model.train()
-    objective = OBJECTIVES[recipe.objective.name](recipe.objective)
-    return PlannedModel(base.model, StepLoss(objective, keys, is_packed), text_config, tuple(notices))
+    return PlannedModel(base.model, keys, is_packed, text_config, tuple(notices))
 
 
 def check_mesh(recipe: Recipe, mesh: MeshShape) -> None:
