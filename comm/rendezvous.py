@@ -2,7 +2,8 @@
 
 MLX waits for a rank that never starts without end and without a word. This needs what
 `python -m comm launch` leaves: an address of each rank that all hosts reach, the job's secret,
-and the ring's hostfile, of which rank 0's first port is used until MLX takes it.
+and a port of rank 0: the first of the ring's hostfile, until MLX takes it, or for MPI, whose ranks
+have no hostfile, `COMM_MEETING_PORT` where all of them are on this host.
 """
 
 import json
@@ -17,7 +18,8 @@ from comm.environment import ring_hosts
 from comm.heartbeat import Channel, Malformed
 
 RETRY_SECONDS = 0.1
-_NEEDED = ("COMM_ADDRESSES", "COMM_SECRET", "MLX_HOSTFILE", "MLX_RANK")
+MEETING_PORT = "COMM_MEETING_PORT"
+_NEEDED = ("COMM_ADDRESSES", "COMM_SECRET")
 
 
 @dataclass(frozen=True)
@@ -115,11 +117,17 @@ def rendezvous_of(environ: Mapping[str, str]) -> Rendezvous | None:
     """Where this job meets; None where the environment does not say so."""
     if not all(environ.get(name) for name in _NEEDED):
         return None
-    addresses, hosts = json.loads(environ["COMM_ADDRESSES"]), ring_hosts(environ)
+    addresses, secret = tuple(json.loads(environ["COMM_ADDRESSES"])), environ["COMM_SECRET"]
+    if MEETING_PORT in environ and "OMPI_COMM_WORLD_RANK" in environ:
+        if len(addresses) != int(environ["OMPI_COMM_WORLD_SIZE"]):
+            return None
+        return Rendezvous(int(environ["OMPI_COMM_WORLD_RANK"]), addresses, int(environ[MEETING_PORT]), secret)
+    if not all(environ.get(name) for name in ("MLX_HOSTFILE", "MLX_RANK")):
+        return None
+    hosts = ring_hosts(environ)
     if not all(addresses) or not hosts or len(addresses) != len(hosts):
         return None
-    port = int(hosts[0][0].rsplit(":", 1)[1])
-    return Rendezvous(int(environ["MLX_RANK"]), tuple(addresses), port, environ["COMM_SECRET"])
+    return Rendezvous(int(environ["MLX_RANK"]), addresses, int(hosts[0][0].rsplit(":", 1)[1]), secret)
 
 
 def _listen(address: str, port: int) -> socket.socket:

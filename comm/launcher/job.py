@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from comm.launcher.hostfile import LOCAL, Host, HostList, check_hosts, check_rdma, names_every_device, read_hostfile
+from comm.rendezvous import MEETING_PORT
 
 # The last rank of a ring is the first to call another one, and waits a whole second where rank 0 is not there yet.
 HEAD_START_SECONDS = 0.1
@@ -36,6 +37,7 @@ class Job:
         ssh: The command that reaches them.
         cwd: Folder to start in, where it exists.
         prefix: Put the rank before each line.
+        num_meeting: How many ranks mpirun starts on this host, which meet before MPI begins; 0 where some are elsewhere.
     """
 
     command: tuple[str, ...]
@@ -47,6 +49,7 @@ class Job:
     ssh: str = SSH
     cwd: str = ""
     prefix: bool = True
+    num_meeting: int = 0
 
 
 def make_hosts(num_ranks: int | None, hosts: str | None, hostfile: str | None, backend: str | None) -> HostList:
@@ -118,10 +121,12 @@ def mpi_job(job: Job) -> Job:
         options.append("--allow-run-as-root")
     variables = [*dict(job.hosts.variables), "COMM_TIMEOUT", "COMM_RESTARTS", "COMM_BACKEND", "PYTHONUNBUFFERED"]
     variables += ["COMM_PHASE_TIMEOUT"] if "COMM_PHASE_TIMEOUT" in os.environ else []
+    num_here = len(job.hosts.hosts) if all(host.is_local for host in job.hosts.hosts) else 0
+    variables += ["COMM_ADDRESSES", "COMM_SECRET", MEETING_PORT] if num_here else []
     for name in variables:
         options += ["-x", name]
     hosts = replace(job.hosts, hosts=(Host(LOCAL[0]),))
-    return replace(job, command=(mpirun, *options, *job.command), hosts=hosts)
+    return replace(job, command=(mpirun, *options, *job.command), hosts=hosts, num_meeting=num_here)
 
 
 def make_orders(
@@ -141,6 +146,9 @@ def make_orders(
     extra = [greeting["extra"][0] for greeting in greetings]
     if num_ranks > 1 or job.backend == "mpi":
         shared["COMM_BACKEND"] = job.backend
+    if job.num_meeting:
+        address, _, port = extra[0].partition(":")
+        shared |= {"COMM_ADDRESSES": json.dumps([address] * job.num_meeting), "COMM_SECRET": secret, MEETING_PORT: port}
     if num_ranks > 1:
         shared["COMM_ADDRESSES"] = json.dumps([greeting["control"] for greeting in greetings])
         shared["COMM_SECRET"] = secret

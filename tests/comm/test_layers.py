@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -63,13 +64,22 @@ def folder_of(module: str) -> str:
     return "parallel/__init__" if module == "parallel" else top
 
 
+def walk_what_runs(tree: ast.AST) -> Iterator[ast.AST]:
+    """All nodes but those that only type checkers see."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        yield node
+        yield from walk_what_runs(node)
+
+
 def imports() -> set[tuple[str, str, str]]:
     """Every import between folders: the file, its folder, and the other's."""
     found = set()
     for package in PACKAGES:
         for path, tree in sources(package):
             module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-            for node in ast.walk(tree):
+            for node in walk_what_runs(tree):
                 names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
                 if isinstance(node, ast.ImportFrom) and node.module and not node.level:
                     names = [node.module]

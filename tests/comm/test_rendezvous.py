@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+from comm.launcher.hostfile import Host, HostList
+from comm.launcher.job import Job, mpi_job
 from comm.rendezvous import Rendezvous, rendezvous_of
 from ranks import _environment, slowness
 
@@ -74,3 +76,16 @@ def test_init_names_the_missing_rank(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 1
     assert "rank 1 (127.0.0.1) did not start within 1 s" in done.stderr, done.stderr
+
+
+def test_ranks_of_mpi_meet_where_all_are_on_this_host() -> None:
+    """Catches ranks of mpirun that wait for one that never starts, or for those of another host, which are not told."""
+    ours = {"COMM_ADDRESSES": json.dumps(["127.0.0.1"] * 3), "COMM_SECRET": "s", "COMM_MEETING_PORT": "7"}
+    mpi = {"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "3"}
+    assert rendezvous_of(ours | mpi) == Rendezvous(2, ADDRESSES, 7, "s")
+    assert rendezvous_of(ours | mpi | {"OMPI_COMM_WORLD_SIZE": "2"}) is None
+    assert rendezvous_of(ours) is None and rendezvous_of(mpi) is None
+    here = mpi_job(Job(("true",), HostList((Host("127.0.0.1"),) * 3), "mpi"))
+    elsewhere = mpi_job(Job(("true",), HostList((Host("127.0.0.1"), Host("there"))), "mpi"))
+    assert (here.num_meeting, elsewhere.num_meeting) == (3, 0)
+    assert "COMM_SECRET" in here.command and "COMM_SECRET" not in elsewhere.command

@@ -10,13 +10,9 @@ from table import run_cases, table_of
 from ranks import slowness
 
 # What is known to be otherwise, by place, fault and phase.
-MPI_START = (
-    "before MPI is up ranks have no other connection: they give up after 60 s, and Open MPI may wait for ever itself"
-)
 RING_START = "MLX tries for 30 s to connect to the next rank"
 HELD = "the others have ended well, and the rank's own watchdog cannot run: only the launcher could tell"
 KNOWN = {
-    **{("mpi", fault, "before init"): MPI_START for fault in ("stop", "exit 0", "exit 3", "raise", "sleep", "block")},
     **{(place, "cut", "before init"): RING_START for place in ("desk of 3", "desk of 4")},
     ("ring", "block", "after result"): HELD,
 }
