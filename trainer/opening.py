@@ -105,7 +105,7 @@ def open_recipe(
     base = open_base(recipe.model, len(tokenizer), recipe.seed)
     for rows in filter(None, (splits.train, splits.valid)):
         rows.require_ids_below(num_embeddings(base.model))
-    packed = decide_packing(recipe, base.model, splits.train, batch.global_size, notice)
+    packed = decide_packing(recipe, base.model, objective, splits.train, batch.global_size, notice)
     return Opened(recipe, sizes, batch, tokenizer, splits, base, objective, packed)
 
 
@@ -116,13 +116,16 @@ def _sequences(objective: Objective) -> RowSequences | None:
     return RowSequences(objective.name, objective.sequences)
 
 
-def decide_packing(recipe: Recipe, model: nn.Module, rows: TokenizedRows, size: int, notice: Notice) -> bool:
-    """What `data.packing` means for this model and these rows.
+def decide_packing(
+    recipe: Recipe, model: nn.Module, objective: Objective, rows: TokenizedRows, size: int, notice: Notice
+) -> bool:
+    """What `data.packing` means for this model, objective and rows.
 
     Args:
         recipe: `auto` packs where that is proven exact, unless rows are to stay in file order or are so few that
             packed they would not fill one global batch.
         model: The base model.
+        objective: What is minimised.
         rows: The training rows.
         size: Lines of a global batch.
         notice: Gets one line that says why `auto` does not pack.
@@ -134,6 +137,8 @@ def decide_packing(recipe: Recipe, model: nn.Module, rows: TokenizedRows, size: 
     if data.packing is False:
         return False
     reason = packing_supported(model)
+    if not objective.reads_segments:
+        reason = f"the objective {objective.name} does not read segments, so rows of one line would see each other"
     if data.packing is True:
         if reason:
             raise ValueError(f"data.packing=true: {reason}")

@@ -17,6 +17,8 @@ class Objective(ABC):
 
     Attributes:
         name: Stands in the checkpoints, which another objective cannot continue. Default: the class's name.
+        reads_segments: `loss` keeps the rows of a packed line apart by `segments`, as `parallel.hidden_and_head` does when
+            it gets them. Default: False, and lines hold one row each.
         metrics: Rows of the metric table for the keys that `validation` adds to it.
 
     Example:
@@ -30,6 +32,7 @@ class Objective(ABC):
     """
 
     name: str = ""
+    reads_segments: bool = False
     metrics: tuple[Metric, ...] = ()
 
     def __init_subclass__(cls) -> None:

@@ -17,6 +17,7 @@ class SupervisedFineTuning(Objective):
     """The mean cross-entropy of the tokens that are learned."""
 
     name = "sft"
+    reads_segments = True
 
     def loss(self, model: nn.Module, batch: dict[str, mx.array]) -> tuple[mx.array, mx.array]:
         """Sum of token losses (float32 scalar) and number of target tokens (int32 scalar); see `Objective.loss`."""

@@ -1,5 +1,6 @@
 """An objective that is not in the table, given to `trainer.train`."""
 
+from dataclasses import replace
 from typing import get_args, get_type_hints
 
 import mlx.core as mx
@@ -77,6 +78,21 @@ def test_a_run_of_it(rows, tmp_path):
     with pytest.raises(ValueError, match="objective.name: Smoothed then, sft now"):
         train(recipe, ["max_steps=6"])
     assert train(recipe, ["max_steps=6"], objective=Smoothed()).step == 6
+
+
+@pytest.mark.parametrize("packing", ["auto", True])
+def test_rows_of_one_line_never_see_each_other(rows, tmp_path, packing):
+    """Catches packed lines given to a loss that calls the model as if they were one row: a wrong loss, without a word."""
+    recipe = settings(rows, tmp_path)
+    recipe = replace(recipe, data=replace(recipe.data, packing=packing, max_seq_len=256))
+    if packing is True:
+        with pytest.raises(ValueError, match="does not read segments"):
+            build(recipe, solo(), print, objective=Smoothed())
+        return
+    notices = []
+    assert not build(recipe, solo(), notices.append, objective=Smoothed()).opened.packed
+    assert "packing is off: the objective Smoothed does not read segments" in notices[0]
+    assert build(recipe, solo(), notices.append).opened.packed
 
 
 def test_the_table_is_the_recipe_s_choice():
