@@ -20,7 +20,7 @@ from parallel.row_threads import RowThreads
 from parallel.sums import add_sums
 from parallel.wrapper import parallel_state
 
-Batch = dict[str, mx.array]
+Batch = dict[str, Any]  # arrays, and numbers that a loss takes as they are
 LossFn = Callable[[nn.Module, Batch], tuple[mx.array, mx.array]]
 Step = Callable[..., tuple[mx.array, Any, mx.array]]
 

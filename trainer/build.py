@@ -219,7 +219,7 @@ def build(
     keys = DropoutKeys()
     opened, adapter, flops_per_token = together(world, partial(_open_and_prepare, recipe, sizes, keys, notice, objective))
     model = opened.base.model
-    mesh = comm.Mesh.build(sizes, world, recipe.parallel.backend)
+    mesh = comm.Mesh.build(sizes, world, _backends(recipe.parallel))
     wrap(model, recipe.parallel, mesh)
     checkpoint_layers(model.layers, recipe.gradient_checkpointing)
     model.train()
@@ -266,6 +266,11 @@ def wrap(model: nn.Module, parallel: ParallelConfig, mesh: comm.Mesh) -> None:
     DataParallel(
         model, mesh.dp_replicate, wire_dtype=_wire_dtype(parallel), bucket_bytes=_bucket_bytes(parallel)
     )
+
+
+def _backends(parallel: ParallelConfig) -> str | dict[str, str]:
+    chosen = parallel.backend
+    return chosen if isinstance(chosen, str) else {str(axis): backend for axis, backend in chosen.items()}
 
 
 def _wire_dtype(parallel: ParallelConfig) -> mx.Dtype | None:

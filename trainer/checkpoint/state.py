@@ -20,7 +20,6 @@ from trainer.build import Run
 from trainer.checkpoint.folder import RESULT_FILE, Checkpoint, CheckpointError, CheckpointFolder
 from trainer.checkpoint.weights_digest import weights_digest
 from trainer.files.storage import atomic_file, read_json, write_json
-from trainer.files.tensor_files import named_tensors
 from trainer.model.loading import model_dtype, source_folder
 from trainer.recipe.config import Recipe
 from trainer.recipe.load import flattened
@@ -55,7 +54,7 @@ def save_checkpoint(run: Run, folder: CheckpointFolder, progress: Progress) -> P
     may be worth nothing.
     """
     layout = model_layout(run.model)
-    weights = named_tensors(run.model.trainable_parameters())
+    weights = comm.named_arrays(run.model.trainable_parameters())
     files = {
         "weights": gather_tensors(layout, weights, run.mesh.pp),
         "optimizer": gather_tensors(_slot_layout(layout, run.optimizer), run.optimizer.tensors(), run.mesh.pp),
@@ -217,7 +216,7 @@ def differences(found: Found, recipe: Recipe) -> list[str]:
 def load_weights(run: Run, checkpoint: Checkpoint | None) -> None:
     """Load the trainable weights of rank 0's checkpoint into every rank's model; None on the other ranks."""
     weights = broadcast_tensors(run.world, checkpoint.tensors("weights") if checkpoint else None)
-    own = {name for name, _ in named_tensors(run.model.trainable_parameters())}
+    own = {name for name, _ in comm.named_arrays(run.model.trainable_parameters())}
     run.model.update(tree_unflatten(list(slice_tensors(model_layout(run.model), weights, own))))
     mx.eval(run.model.trainable_parameters())
 

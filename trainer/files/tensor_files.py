@@ -16,7 +16,6 @@ from typing import cast
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 
 from trainer.files.storage import CHUNK_BYTES, FileRecord, file_record
 
@@ -41,16 +40,6 @@ DTYPE_NAMES = {
 }
 
 NamedTensors = Iterable[tuple[str, mx.array]]
-
-
-def named_tensors(tree: object) -> list[tuple[str, mx.array]]:
-    """The (dotted name, array) pairs of a tree of arrays, such as a model's parameters.
-
-    Args:
-        tree: Dictionaries and lists, nested, with arrays as their leaves.
-    """
-    # Without a destination it is always a list; MLX's annotation has the dictionary of the other case too.
-    return cast(list[tuple[str, mx.array]], tree_flatten(tree))
 
 
 def write_tensors(

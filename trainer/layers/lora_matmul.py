@@ -23,8 +23,9 @@ def use_fast_lora(model: nn.Module) -> None:
     and values stay.
     """
     for module in model.modules():
-        if type(module).__call__ is LoRALinear.__call__:
-            module.__class__ = _fast(type(module))
+        cls: Any = type(module)
+        if cls.__call__ is LoRALinear.__call__:
+            module.__class__ = _fast(cls)
 
 
 def lora_matmul(

@@ -43,12 +43,13 @@ def extend_layers(model: nn.Module, *, packs: bool) -> nn.Module:
         The same object. It has ``segment_cache(segments)`` now.
     """
     for module in model.modules():
-        cls = type(module)
+        cls: Any = type(module)
         if cls.__call__.__module__.startswith(UPSTREAM) and _replaced(cls.__call__):
             module.__class__ = _training_class(cls)
     core = getattr(getattr(model, "language_model", model), "model", None)
     if core is not None and packs:
-        core.__class__ = _core_class(type(core))
+        cls = type(core)
+        core.__class__ = _core_class(cls)
     model.__class__ = _model_class(type(model))
     return model
 

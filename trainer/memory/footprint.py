@@ -13,9 +13,10 @@ from functools import cached_property
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 from mlx_lm.tuner.lora import LoRASwitchLinear
 
+import comm
 from comm import MeshShape
 from parallel import hidden_and_head
 from parallel.pipeline import check_stages, even_split, memory_split
@@ -215,13 +216,13 @@ class MemoryPlan:
     @cached_property
     def _adding_step(self) -> Lifetimes:
         with _experts_frozen(self.planned.model):
-            return self._step([mx.zeros(p.shape) for _, p in tree_flatten(self.planned.model.trainable_parameters())])
+            return self._step([mx.zeros(p.shape) for _, p in comm.named_arrays(self.planned.model.trainable_parameters())])
 
     def _step(self, sums: list[mx.array]) -> Lifetimes:
         """Loss and gradients of one micro-batch, added to the sums of earlier ones where there are any."""
         def function(model: nn.Module, *earlier: mx.array) -> list[mx.array]:
             (total, num_tokens), grads = nn.value_and_grad(model, self.loss)(model, self.batch)
-            gradients = [grad for _, grad in tree_flatten(grads)]
+            gradients = [grad for _, grad in comm.named_arrays(grads)]
             return [total, num_tokens, *([s + g.astype(s.dtype) for s, g in zip(earlier, gradients)] or gradients)]
 
         return _trace_model(self.planned.model, function, sums)
@@ -236,7 +237,7 @@ class MemoryPlan:
 
         def function(model: nn.Module) -> list[mx.array]:
             (total, hidden), grads = nn.value_and_grad(model, hidden_sum)(model)
-            return [total, *(grad for _, grad in tree_flatten(grads)), hidden]
+            return [total, *(grad for _, grad in comm.named_arrays(grads)), hidden]
 
         return _trace_model(self.planned.model, function, [])
 
@@ -253,7 +254,7 @@ class MemoryPlan:
             optimizer = Optimizer(tree, self.recipe.optimizer)
             grads = [(part.name, g) for part, g in zip(trained, arrays[len(trained) :])]
             optimizer.update(holder, tree_unflatten(grads), 1e-3)
-            updated = [value for _, value in tree_flatten(holder.trainable_parameters())]
+            updated = [value for _, value in comm.named_arrays(holder.trainable_parameters())]
             return [*updated, *(state for _, state in optimizer.tensors())]
 
         graph = trace(function, [*examples, *examples])
@@ -287,7 +288,7 @@ def _trace_model(model: nn.Module, function: Callable, arguments: list[mx.array]
 
     The arguments are given up to it, so they count until they are read.
     """
-    parameters = tree_flatten(model.parameters())
+    parameters = comm.named_arrays(model.parameters())
     names = [name for name, _ in parameters]
 
     def traced(*arrays: mx.array) -> list[mx.array]:

@@ -98,7 +98,8 @@ def execution_order(graph: Graph) -> list[int]:
             if needed not in found:
                 found.add(needed)
                 pending.append(needed)
-    tape, waiting, position = [root], [], 0
+    tape, position = [root], 0
+    waiting: list[tuple[int, int]] = []
     while position < len(tape) or waiting:
         if position < len(tape):
             operation, start = tape[position], 0
@@ -141,7 +142,7 @@ class _Walk:
             self._share(name, self._made((), num_bytes, 0))
 
     def run(self) -> Lifetimes:
-        made_at = {}
+        made_at: dict[str, int] = {}
         for step, index in enumerate(self.order):
             operation = self.graph.operations[index]
             self._place(operation, step)

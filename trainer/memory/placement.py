@@ -13,8 +13,8 @@ from math import ceil, prod
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
+import comm
 from comm import MeshShape
 from parallel.tensor import check_plan, find_blocks, find_named, plan_for
 
@@ -62,10 +62,10 @@ class Placement:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        trainable = {name for name, _ in tree_flatten(model.trainable_parameters())}
+        trainable = {name for name, _ in comm.named_arrays(model.trainable_parameters())}
         self.model = model
         self.parts = [
-            Part(n, tuple(p.shape), p.dtype, n in trainable) for n, p in tree_flatten(model.parameters())
+            Part(n, tuple(p.shape), p.dtype, n in trainable) for n, p in comm.named_arrays(model.parameters())
         ]
         self.num_layers = len(model.layers)
         self._tensor_parallel: dict[int, list[Part]] = {1: self.parts}
@@ -118,7 +118,7 @@ def _tensor_parallel_shapes(model: nn.Module, tp: int) -> dict[str, tuple[int, .
     """Local shapes of the parameters that tensor parallelism divides."""
     plan = plan_for(model)
     check_plan(model, plan, tp)
-    shapes = {name: tuple(p.shape) for name, p in tree_flatten(model.parameters())}
+    shapes = {name: tuple(p.shape) for name, p in comm.named_arrays(model.parameters())}
     local: dict[str, tuple[int, ...]] = {}
 
     def divide(path: str, kind: str, numerator: int, denominator: int) -> None:

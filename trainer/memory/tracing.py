@@ -16,13 +16,15 @@ from __future__ import annotations
 import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from math import prod
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
+
+import comm
 
 
 @dataclass(frozen=True)
@@ -151,17 +153,17 @@ def _joined(graph: Graph, calls: list[_Call], outputs: tuple[str, ...]) -> Graph
     needed: dict[tuple[str, ...], Operation] = {}
     pending = list(outputs := final(outputs))
     while pending:
-        op = maker.get(pending.pop())
-        if op is not None and op.outputs not in needed:
-            needed[op.outputs] = Operation(op.name, final(op.inputs), op.outputs, op.shapes, op.num_bytes)
-            pending.extend(needed[op.outputs].inputs)
+        made_by = maker.get(pending.pop())
+        if made_by is not None and made_by.outputs not in needed:
+            needed[made_by.outputs] = replace(made_by, inputs=final(made_by.inputs))
+            pending.extend(needed[made_by.outputs].inputs)
     return Graph(tuple(needed.values()), graph.inputs, outputs)
 
 
 @contextlib.contextmanager
 def _stand_ins(calls: list[_Call]) -> Iterator[None]:
     """Put stand-ins into `mlx.core` for a while; each call of a function with a gradient is added to `calls`."""
-    stand_ins = {
+    stand_ins: dict[str, Callable[..., Any]] = {
         "custom_function": lambda function: _CustomFunction(function, calls),
         "checkpoint": lambda function: _checkpoint(function, calls),
         # Flattening copies when rows are out of order.
@@ -193,7 +195,7 @@ class _CustomFunction:
         assert self.backward is not None, "a custom function without a gradient cannot be traced"
         primals = tuple(map(mx.stop_gradient, args))
         outputs = self.function(*primals)
-        paths, values = zip(*((path, mx.stop_gradient(array)) for path, array in tree_flatten(outputs)))
+        paths, values = zip(*((path, mx.stop_gradient(array)) for path, array in comm.named_arrays(outputs)))
 
         def like_outputs(arrays: Sequence[mx.array]) -> Any:
             return arrays[0] if isinstance(outputs, mx.array) else tree_unflatten(list(zip(paths, arrays)))
@@ -217,16 +219,16 @@ def _checkpoint(function: Callable, calls: list[_Call]) -> Callable:
     """Stands in for `mx.checkpoint`: the backward pass computes the function again, after the forward pass."""
 
     def call(*args: Any) -> Any:
-        paths, arrays = zip(*tree_flatten(list(args)))
+        paths, arrays = zip(*comm.named_arrays(list(args)))
 
         def flat(*arrays: mx.array) -> Any:
             return function(*tree_unflatten(list(zip(paths, arrays))))
 
         def backward(primals: Any, cotangents: Any, outputs: Any) -> list[mx.array]:
             primals = primals if len(paths) > 1 else (primals,)
-            ready = mx.depends(list(primals), [array for _, array in tree_flatten(outputs)])
-            again = lambda *arrays: [array for _, array in tree_flatten(flat(*arrays))]  # noqa: E731
-            return mx.vjp(again, ready, [array for _, array in tree_flatten(cotangents)])[1]
+            ready = mx.depends(list(primals), [array for _, array in comm.named_arrays(outputs)])
+            again = lambda *arrays: [array for _, array in comm.named_arrays(flat(*arrays))]  # noqa: E731
+            return mx.vjp(again, ready, [array for _, array in comm.named_arrays(cotangents)])[1]
 
         return _CustomFunction(flat, calls).vjp(backward)(*arrays)
 

@@ -109,8 +109,8 @@ def memory_of_ranks(world: comm.Group) -> dict[str, float]:
     call it."""
     if world.size == 1:
         return {}
-    peaks = world.all_gather(mx.array([mx.get_peak_memory() / GIB])).tolist()
-    return {f"memory/peak_gib_rank_{rank}": peak for rank, peak in enumerate(peaks)}
+    peaks = world.all_gather(mx.array([mx.get_peak_memory() / GIB]))
+    return {f"memory/peak_gib_rank_{rank}": comm.number(peak) for rank, peak in enumerate(peaks)}
 
 
 def communication_row(
@@ -135,7 +135,7 @@ def communication_row(
     state, seconds = parallel_state(model), times.seconds
     if all(group.size == 1 for group in state.groups.values()):
         return {}
-    row = {"comm/rank_skew_s": world.all_max(mx.array(seconds["skew"])).item()}
+    row = {"comm/rank_skew_s": comm.number(world.all_max(mx.array(seconds["skew"])))}
     if "pp" in state.groups:
         row["pp/bubble_pct"] = bubble_pct(model)
     if usual_compute:

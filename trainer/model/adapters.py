@@ -124,7 +124,7 @@ def misfits(
 
 def _number(folder: str, settings: Any, key: str, kind: type) -> Any:
     """A positive number of an adapter's settings."""
-    value = settings.get(key) if isinstance(settings, dict) else None
+    value: Any = settings.get(key) if isinstance(settings, dict) else None
     is_number = isinstance(value, (int, kind)) and not isinstance(value, bool)
     if not is_number or not 0 < value < float("inf"):
         what = "whole number" if kind is int else "number"

@@ -7,6 +7,7 @@ output dims, r rank, V vocabulary.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -191,7 +192,8 @@ def _window(path: str, model: nn.Module) -> int | None:
     """Sliding window of an attention layer, or None."""
     for module in (_at(model, path), *_above(path, model)):
         if getattr(module, "is_sliding", False) or getattr(module, "use_sliding", False):
-            return getattr(getattr(model, "language_model", model).args, "sliding_window", None)
+            text: Any = getattr(model, "language_model", model)
+            return getattr(text.args, "sliding_window", None)
     return None
 
 

@@ -54,6 +54,7 @@ def open_tokenizer(config: ModelConfig, texts: Any) -> TokenizerWrapper:
         ValueError: the files are missing or unreadable.
     """
     source = config.tokenizer or config.path
+    assert source is not None, "a checked recipe has one of them"
     if source.startswith("bpe:"):
         tokenizer = build_tokenizer(texts(), int(source.removeprefix("bpe:")))
         return TokenizerWrapper(tokenizer, eos_token_ids=[tokenizer.eos_token_id])
@@ -106,6 +107,7 @@ def materialize(model: nn.Module) -> None:
 
 
 def _read_model(config: ModelConfig) -> BaseModel:
+    assert config.path is not None, "a random model has no files"
     path = Path(config.path)
     _check_folder(config.path)
     try:
@@ -115,8 +117,8 @@ def _read_model(config: ModelConfig) -> BaseModel:
             other = {"model_type": renamed} if renamed else None
             trust = config.trust_remote_code
             return BaseModel(*load_model(path, lazy=True, model_config=other, trust_remote_code=trust))
-        model, _, read = load(config.path, lazy=True, return_config=True, trust_remote_code=config.trust_remote_code)
-        return BaseModel(model, read)
+        loaded: Any = load(config.path, lazy=True, return_config=True, trust_remote_code=config.trust_remote_code)
+        return BaseModel(loaded[0], loaded[2])
     except RuntimeError as error:  # MLX's word for a file that it cannot read
         reason = f"{_reason(error, config.path)}. A torn download, or a Git LFS pointer without its content"
         raise ValueError(f"model.path={config.path!r} cannot be opened: {reason}: download it again.") from error

@@ -30,7 +30,7 @@ from trainer.recipe.paths import require_paths
 
 _GROUP_SIZES = {"mxfp4": 32, "mxfp8": 32, "nvfp4": 16, "affine": 64}
 # Formats of `quantization_config` that name the format only; the bits and mode that MLX gives them.
-_NAMED_FORMATS = {
+_NAMED_FORMATS: dict[str, dict[str, Any]] = {
     "mxfp4": {"bits": 4, "mode": "mxfp4"},
     "mxfp8": {"bits": 8, "mode": "mxfp8"},
     "pack-quantized": {"bits": 4, "group_size": 32, "mode": "affine"},
@@ -65,7 +65,7 @@ def planned_model(recipe: Recipe) -> PlannedModel:
         ValueError: the config cannot be read or does not describe a model, or the method does not fit it.
     """
     require_paths(recipe, ("model.path", "lora"))
-    config = dict(recipe.model.config or read_config(recipe.model.path))
+    config = described(recipe.model)
     text_config = config.get("text_config", config)
     notices = []
     settings = replace(recipe.model, config=config)
@@ -104,8 +104,16 @@ def check_mesh(recipe: Recipe, mesh: MeshShape) -> None:
 
 def open_shapes(config: ModelConfig, vocab_size: int, seed: int) -> BaseModel:
     """The model that the config describes, not quantized; its arrays are never to be evaluated, no weight is read."""
-    values = dict(config.config or read_config(config.path))
+    values = described(config)
     return open_model(replace(config, path=None, config=values, quantize=None), vocab_size, seed)
+
+
+def described(config: ModelConfig) -> dict[str, Any]:
+    """The model's config, from the recipe or from its files; a copy."""
+    if config.config:
+        return dict(config.config)
+    assert config.path is not None, "a checked recipe has a config or a path"
+    return read_config(config.path)
 
 
 def read_config(path: str) -> dict[str, Any]:
@@ -166,18 +174,19 @@ def _quantize(base: BaseModel, model: ModelConfig) -> list[str]:
 def _stored_quantization(config: dict[str, Any]) -> tuple[dict[str, Any], Callable] | str | None:
     """Settings and predicate for `nn.quantize`, the name of a format that MLX unpacks, or None."""
     if (mlx_style := config.get("quantization")) is not None:
-        settings = {key: mlx_style[key] for key in ("group_size", "bits", "mode") if key in mlx_style}
-        return settings, lambda path, module: mlx_style.get(path, _divides(module, settings["group_size"]))
+        chosen = {key: mlx_style[key] for key in ("group_size", "bits", "mode") if key in mlx_style}
+        return chosen, lambda path, module: mlx_style.get(path, _divides(module, chosen["group_size"]))
     stored = config.get("quantization_config") or config.get("text_config", {}).get("quantization_config")
     if stored is None:
         return None
     method = stored.get("quant_method", "")
     if method in ("awq", "gptq"):
-        settings = {"bits": stored["bits"], "group_size": stored["group_size"]}
+        settings: dict[str, Any] = {"bits": stored["bits"], "group_size": stored["group_size"]}
     else:
-        settings = _NAMED_FORMATS.get(stored.get("format", method))
-    if settings is None:
-        return method or "an unknown format"
+        known = _NAMED_FORMATS.get(stored.get("format", method))
+        if known is None:
+            return method or "an unknown format"
+        settings = known
     settings = {"group_size": _GROUP_SIZES[settings.get("mode", "affine")]} | settings
     skipped = [*stored.get("ignore", []), *(stored.get("modules_to_not_convert") or [])]
 

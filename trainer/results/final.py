@@ -16,7 +16,6 @@ from trainer.build import Run
 from trainer.checkpoint.folder import RESULT_FILE, Checkpoint, CheckpointError, CheckpointFolder
 from trainer.checkpoint.state import load_weights
 from trainer.files.storage import atomic_file, explain, read_json, write_json
-from trainer.files.tensor_files import named_tensors
 from trainer.model.loading import source_folder
 from trainer.results.mlx_lm_format import (
     ADAPTERS_FILE,
@@ -96,7 +95,7 @@ def write_result(run: Run, output_dir: Path | None) -> None:
     """Write the final adapters, or the final model folder. Every rank calls it; None on ranks without a disk."""
     layout = model_layout(run.model)
     if run.adapter is not None:
-        tensors = named_tensors(run.model.trainable_parameters())
+        tensors = comm.named_arrays(run.model.trainable_parameters())
         spec = run.adapter
         config = adapter_config(
             [f"{path}.lora_a" for path in spec.paths],
@@ -107,6 +106,6 @@ def write_result(run: Run, output_dir: Path | None) -> None:
         )
         write_adapters(output_dir, gather_tensors(layout, tensors, run.mesh.pp), config)
     else:
-        whole = gather_tensors(layout, named_tensors(run.model.parameters()), run.mesh.pp)
+        whole = gather_tensors(layout, comm.named_arrays(run.model.parameters()), run.mesh.pp)
         folder = output_dir and output_dir / "model"
         write_model(folder, whole, run.opened.base.config, run.opened.tokenizer, source=source_folder(run.recipe.model))

@@ -19,7 +19,7 @@ from trainer.checkpoint.folder import (
     open_checkpoint,
 )
 from trainer.files.storage import read_json
-from trainer.files.tensor_files import named_tensors, read_tensor_file
+from trainer.files.tensor_files import read_tensor_file
 from trainer.model.adapters import misfits
 from trainer.recipe.config import Recipe
 from trainer.recipe.load import load_recipe, recipe_from
@@ -87,7 +87,7 @@ def load_result(run: HasModel, target: str, notice: Notice) -> None:
     """
     world = run.world
     tensors = together(world, lambda: _read(_path(target), notice) if world.rank == 0 else None)
-    known = dict(named_tensors(run.model.parameters()))
+    known = dict(comm.named_arrays(run.model.parameters()))
     _require_fit(run, target, {name: list(value.shape) for name, value in (tensors or {}).items()})
     loaded = list(slice_tensors(model_layout(run.model), broadcast_tensors(world, tensors), known))
     if broken := [name for name, value in loaded if not mx.isfinite(value).all().item()]:
@@ -97,10 +97,10 @@ def load_result(run: HasModel, target: str, notice: Notice) -> None:
 
 def _require_fit(run: HasModel, target: str, shapes: dict[str, list[int]]) -> None:
     """Refuse tensors, by rank 0's names and shapes, that are not all of what was trained."""
-    layout, trained = model_layout(run.model), dict(named_tensors(run.model.trainable_parameters()))
+    layout, trained = model_layout(run.model), dict(comm.named_arrays(run.model.trainable_parameters()))
     own = {
         name: (list(layout[name].full_shape(value.shape) if name in layout else value.shape), name in trained)
-        for name, value in named_tensors(run.model.parameters())
+        for name, value in comm.named_arrays(run.model.parameters())
     }
     # A pipeline's stage has only its own layers' tensors, so a name is known where any rank has it.
     everyone = {n: s for ranks in comm.all_gather_object(own, run.world) for n, s in ranks.items()}

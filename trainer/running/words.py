@@ -8,7 +8,6 @@ import mlx.core as mx
 import comm
 from parallel import model_layout, parallel_state
 from trainer.build import Run
-from trainer.files.tensor_files import named_tensors
 from trainer.metrics.records import Metrics
 from trainer.training.progress import WATCHDOG_ROWS, Progress
 
@@ -63,6 +62,6 @@ def num_elements(run: Run, tree: Any) -> int:
         if "scales" in module
         for name in ("weight", "scales", "biases")
     }
-    shapes = {n: layout[n].full_shape(p.shape) if n in layout else p.shape for n, p in named_tensors(tree)}
+    shapes = {n: layout[n].full_shape(p.shape) if n in layout else p.shape for n, p in comm.named_arrays(tree)}
     own = sum(round(math.prod(shape) * per_word.get(n, 1)) for n, shape in shapes.items() if n not in repeated)
     return int(comm.number(run.mesh.pp.all_sum(mx.array(own, dtype=mx.int64))))

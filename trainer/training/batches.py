@@ -100,7 +100,7 @@ class TrainingBatches:
         micro_batches: list[dict[str, np.ndarray | int]] = []
         for index in range(self.share.accumulation):
             slots = self.share.slots(index)
-            batch = collate(self.rows, planned, slots, self.pad_id)
+            batch: dict[str, np.ndarray | int] = dict(collate(self.rows, planned, slots, self.pad_id))
             micro_batches.append(batch | {"keys": keys[slots], "max_targets": max_targets})
         return StepData(
             epoch=epoch,

@@ -20,7 +20,7 @@ from mlx_lm.utils import dequantize_model, load_model
 import comm
 from trainer.data import corpus
 from trainer.files.storage import atomic_folder, explain, write_json
-from trainer.files.tensor_files import named_tensors, write_tensor_file
+from trainer.files.tensor_files import write_tensor_file
 from trainer.machine.blas import load_fast_blas
 from trainer.model.architectures import architecture
 from trainer.model.loading import (
@@ -119,7 +119,7 @@ def open_run(target: str, recipe: Recipe) -> OpenedRun:
 
 def _require_finite(model: nn.Module, target: str) -> None:
     """Refuse to hand on weights that hold a NaN or an infinity."""
-    trained = named_tensors(model.trainable_parameters())
+    trained = comm.named_arrays(model.trainable_parameters())
     broken = [name for name, value in trained if not mx.isfinite(value).all().item()]
     if broken:
         raise ValueError(f"{target!r} has weights that are not finite, which are not exported: {', '.join(broken)}.")
@@ -190,7 +190,7 @@ def export_fused(run: OpenedRun, folder: Path, *, requantize: bool) -> list[str]
     run.base = fuse(run.base, dequantize=not requantize)
     dtype = _dtype(run.model)
     with atomic_folder(folder) as staging:
-        tensors = named_tensors(run.model.parameters())
+        tensors = comm.named_arrays(run.model.parameters())
         write_model(staging, tensors, run.base.config, run.tokenizer, source=source_folder(run.recipe.model))
         written, _ = load_model(staging)
         difference = relative_difference(_logits(written, probe), expected)
@@ -255,7 +255,7 @@ def _comparison(difference: float, is_quantized: bool, rounds: bool, dtype: mx.D
 
 def _dtype(model: nn.Module) -> mx.Dtype:
     """The narrowest floating dtype of the parameters: it bounds how exact logits can be."""
-    dtypes = {p.dtype for _, p in named_tensors(model.parameters()) if mx.issubdtype(p.dtype, mx.floating)}
+    dtypes = {p.dtype for _, p in comm.named_arrays(model.parameters()) if mx.issubdtype(p.dtype, mx.floating)}
     return min(dtypes, key=lambda dtype: dtype.size)
 
 

@@ -150,7 +150,7 @@ class Planner:
         and their gradients on.
         """
         parts = self.memory.rank_parts(MeshShape(1, 1, mesh.pp, mesh.tp), 0)
-        wire_item = {"float32": 4, "bfloat16": 2}.get(self.recipe.parallel.wire_dtype, 2)
+        wire_item = 4 if self.recipe.parallel.wire_dtype == "float32" else 2
         gradients = sum(part.size * wire_item for part in parts if part.trainable)
         layers = math.ceil(self.memory.num_layers / mesh.pp)
         item = max(part.dtype.size for part in parts if part.name.endswith("norm.weight"))
@@ -209,7 +209,7 @@ def _report(planner: Planner, own: Choice, others: list[Choice], refused: list[s
     recipe, parts = planner.recipe, planner.memory.parts
     trained = sum(part.size for part in parts if part.trainable)
     stored = sum(part.num_bytes for part in parts) / GIB
-    yield f"{recipe.model.path or recipe.model.config.get('model_type')}: {len(parts)} tensors, {stored:.2f} GiB;"
+    yield f"{recipe.model.path or (recipe.model.config or {}).get('model_type')}: {len(parts)} tensors, {stored:.2f} GiB;"
     yield f"{recipe.method} trains {trained:,} parameters; {planner.micro_batch_tokens} tokens in a micro-batch"
     yield from (f"note: {notice}" for notice in planner.planned.notices)
     yield ""
