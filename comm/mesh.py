@@ -18,7 +18,7 @@ class Mesh:
         shape: The resolved shape.
         world: All ranks.
         dp_replicate, dp_shard, pp, tp: The groups that this rank is in.
-        dp: dp_replicate and dp_shard together: all ranks that see different data.
+        dp: Dp_replicate and dp_shard together: all ranks that see different data.
     """
 
     shape: MeshShape

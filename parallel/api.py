@@ -1,7 +1,8 @@
 """The training step that is the same on 1 and on N ranks: `value_and_grad`.
 
 Losses and gradients are summed locally over micro-batches, summed over the data-parallel ranks, and divided
-once by the weight (for a language model the number of target tokens) of all of them. So the result does not depend on how a batch is cut into
+once by the weight (for a language model the number of target tokens) of all of them. So the result does not depend on
+how a batch is cut into
 ranks and micro-batches, also when they hold different numbers of target tokens.
 """
 
@@ -61,14 +62,14 @@ def value_and_grad(
     """Build `step(micro_batches) -> (loss, grads, weight)` for a plain or wrapped model.
 
     Args:
-        model: an `nn.Module`, or one wrapped by this package's wrappers.
+        model: An `nn.Module`, or one wrapped by this package's wrappers.
         loss_fn: `loss_fn(model, batch) -> (loss_sum, weight)`: the SUM of the losses of one micro-batch (float32
             scalar) and what it is a sum over: how many tokens or pairs, or their weights (scalar, not negative).
-        compile_local: trace forward and backward of a micro-batch once per shape with `mx.compile`. `loss_fn` then
+        compile_local: Trace forward and backward of a micro-batch once per shape with `mx.compile`. `loss_fn` then
             cannot read values (`.item()`), and the model's flags are those of the first call. Summing over
             micro-batches and ranks stays outside. No effect under TensorParallel, PipelineParallel and
             FullyShardedDataParallel, whose messages lie inside. Default: False.
-        row_threads: on a CPU, threads that share the rows of each micro-batch, whose arrays then all have the rows
+        row_threads: Threads that share, on a CPU, the rows of each micro-batch, whose arrays then all have the rows
             as their first axis; no effect under the same wrappers. Default: none.
 
     Returns:
@@ -81,7 +82,7 @@ def value_and_grad(
         `step(micro_batches, times)` fills a `StepTimes`; every rank must then pass one.
 
     Raises:
-        ValueError: both `compile_local` and `row_threads`; compiled functions belong to one thread.
+        ValueError: Both `compile_local` and `row_threads`; compiled functions belong to one thread.
     """
     if compile_local and row_threads:
         raise ValueError("compile_local and row_threads do not go together: the first is for GPUs, the second for CPUs.")
@@ -172,8 +173,8 @@ def evaluate(model: nn.Module, loss_fn: LossFn) -> Callable[[Iterable[Batch]], t
     """Build `run(batches) -> (loss, weight)`: the mean loss over the batches of all ranks, without gradients.
 
     Args:
-        model: as for `value_and_grad`.
-        loss_fn: as for `value_and_grad`.
+        model: A plain or wrapped model, as for `value_and_grad`.
+        loss_fn: Gives a sum and its weight, as for `value_and_grad`.
 
     Returns:
         `run`: takes this rank's batches (equally many on every rank) and returns the loss of all

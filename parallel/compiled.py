@@ -19,9 +19,9 @@ def compiled(model: nn.Module, loss_and_grad: Callable[[nn.Module, Any], Any]) -
     """`loss_and_grad(model, batch)`, compiled.
 
     Args:
-        model: the one that the result is called with. What is not an array (training mode, which parameters are
+        model: The one that the result is called with. What is not an array (training mode, which parameters are
             frozen) is taken as it is when a shape is traced.
-        loss_and_grad: returns a tree of arrays. It cannot read an array's values and leaves no array behind that
+        loss_and_grad: Returns a tree of arrays. It cannot read an array's values and leaves no array behind that
             it made.
 
     Returns:

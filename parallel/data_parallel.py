@@ -21,10 +21,10 @@ class DataParallel(Wrapper):
     are in place. Frozen parameters are taken to be equal already (every rank loads the same files).
 
     Args:
-        module: the model; the same object is returned.
-        group: ranks that share the batch. Default: the world of `comm.init()`.
-        bucket_bytes: size of one fused message. Default: chosen by `comm.GradientFusion`.
-        wire_dtype: dtype of gradients on the wire; `None` sends them as they are. Default: float32.
+        module: The model; the same object is returned.
+        group: Ranks that share the batch. Default: the world of `comm.init()`.
+        bucket_bytes: Size of one fused message. Default: chosen by `comm.GradientFusion`.
+        wire_dtype: Dtype of gradients on the wire; `None` sends them as they are. Default: float32.
 
     Source: Li et al., PyTorch Distributed (arXiv 2006.15704).
     """

@@ -19,8 +19,8 @@ class Segment:
     """One stretch of a dimension that is divided evenly on its own, such as the keys of a fused query-key-value.
 
     Attributes:
-        size: length in the full tensor.
-        copies: how many neighbouring ranks hold the same piece (key heads, when there are fewer than ranks).
+        size: Length in the full tensor.
+        copies: How many neighbouring ranks hold the same piece (key heads, when there are fewer than ranks).
     """
 
     size: int
@@ -34,10 +34,10 @@ class Split:
     A dimension of one segment need not divide evenly: slices are then padded with zeros at the end.
 
     Attributes:
-        axis: name of the mesh axis, "tp" or "dp_shard".
-        group: the ranks of that axis.
-        dim: the array dimension that is divided (not negative).
-        segments: the stretches of that dimension in order; every rank holds one piece of each.
+        axis: Name of the mesh axis, "tp" or "dp_shard".
+        group: The ranks of that axis.
+        dim: The array dimension that is divided (not negative).
+        segments: The stretches of that dimension in order; every rank holds one piece of each.
     """
 
     axis: str
@@ -110,7 +110,7 @@ class ParameterLayout:
     """All splits of one parameter, the first one applied to the full tensor, the next to its slice, and so on.
 
     Attributes:
-        splits: the splits, outermost first; a later wrapper appends its own.
+        splits: The splits, outermost first; a later wrapper appends its own.
     """
 
     splits: tuple[Split, ...]
@@ -180,10 +180,10 @@ def gather_tensors(
     """Full tensors under the same names, one at a time, each evaluated before the next is begun.
 
     Args:
-        layout: from `model_layout`.
-        tensors: names and local tensors, in the same order on every rank of the groups that split them.
+        layout: The layout of the model, from `model_layout`.
+        tensors: Names and local tensors, in the same order on every rank of the groups that split them.
             Optimizer moments go under the name of their parameter.
-        stages: the pipeline's group, whose ranks have different names: then every rank gets those of all
+        stages: The pipeline's group, whose ranks have different names: then every rank gets those of all
             stages, in the order of the stages; a tensor that two stages have comes once. Default: no pipeline.
     """
     if stages is not None and stages.size > 1:
@@ -219,9 +219,9 @@ def slice_tensors(
     """The way back from `gather_tensors`: this rank's slices of full tensors, one at a time.
 
     Args:
-        layout: from `model_layout`.
-        tensors: names and full tensors.
-        names: those that this rank has; others are passed over. Default: all.
+        layout: The layout of the model, from `model_layout`.
+        tensors: Names and full tensors.
+        names: Those that this rank has; others are passed over. Default: all.
     """
     for name, full in tensors:
         if names is not None and name not in names:

@@ -21,12 +21,12 @@ class Head:
     """The map from hidden states to logits.
 
     Attributes:
-        module: the projection, `nn.Linear` or an embedding (also quantized, LoRA or sharded); None = identity.
-        tied: the projection is the input embedding's `as_linear`.
-        scale: factor on the logits.
-        softcap: logits become `softcap * tanh(logits / softcap)`, or None.
-        group: ranks that split the vocabulary (size 1: every rank has all of it).
-        first: first vocabulary id of this rank's slice.
+        module: The projection, `nn.Linear` or an embedding (also quantized, LoRA or sharded); None = identity.
+        tied: The projection is the input embedding's `as_linear`.
+        scale: Factor on the logits.
+        softcap: Logits become `softcap * tanh(logits / softcap)`, or None.
+        group: Ranks that split the vocabulary (size 1: every rank has all of it).
+        first: First vocabulary id of this rank's slice.
     """
 
     module: nn.Module | None
@@ -87,7 +87,7 @@ def hidden_and_head(model: nn.Module, tokens: mx.array, segments: mx.array | Non
     """Run `model` up to its final norm.
 
     Args:
-        model: an mlx-lm model, plain or wrapped, or any module that maps tokens to logits.
+        model: An mlx-lm model, plain or wrapped, or any module that maps tokens to logits.
         tokens: `(B, L)` int32.
         segments: `(B, L)` int32 document numbers of packed rows; None = one document per row.
 

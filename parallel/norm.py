@@ -20,8 +20,8 @@ def global_norm(grads: Any, model: nn.Module) -> mx.array:
     """The L2 norm of the gradients of the whole (unsharded) model, a float32 scalar, equal on all ranks.
 
     Args:
-        grads: gradient tree of `model.trainable_parameters()`, already reduced over data-parallel ranks.
-        model: the (wrapped) model; its parameter layout says what is split over which groups.
+        grads: Gradient tree of `model.trainable_parameters()`, already reduced over data-parallel ranks.
+        model: The (wrapped) model; its parameter layout says what is split over which groups.
     """
     layout = model_layout(model)
     state = parallel_state(model)
@@ -52,9 +52,9 @@ def clip_grad_norm(grads: Any, max_norm: float | None, model: nn.Module) -> tupl
     """Scale `grads` so that their global norm is at most `max_norm`.
 
     Args:
-        grads: as for `global_norm`.
-        max_norm: largest norm allowed; `None` measures without clipping.
-        model: the (wrapped) model.
+        grads: The gradient tree, as for `global_norm`.
+        max_norm: Largest norm allowed; `None` measures without clipping.
+        model: The (wrapped) model.
 
     Returns:
         The clipped tree and the norm before clipping (float32 scalar), as `torch.nn.utils.clip_grad_norm_`.

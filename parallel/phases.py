@@ -20,10 +20,10 @@ class UnitCall:
     """One use of a unit in a traced pass.
 
     Attributes:
-        path: the unit's path in the model.
-        forward: messages that gather its weights for the forward pass.
-        backward: those that gather them again; empty where nothing needs them.
-        outputs: what the unit returned.
+        path: The unit's path in the model.
+        forward: Messages that gather its weights for the forward pass.
+        backward: Those that gather them again; empty where nothing needs them.
+        outputs: What the unit returned.
     """
 
     path: str
@@ -37,9 +37,9 @@ class Trace:
     """The unit calls of one pass.
 
     Attributes:
-        calls: those of the forward pass, in order.
-        recomputed: those of layers that are computed again in the backward pass.
-        in_backward: whether the forward pass is over.
+        calls: Those of the forward pass, in order.
+        recomputed: Those of layers that are computed again in the backward pass.
+        in_backward: Whether the forward pass is over.
     """
 
     calls: list[UnitCall] = field(default_factory=list)
@@ -55,8 +55,8 @@ class Phases:
     """Records the unit calls of traced passes and evaluates these along them.
 
     Attributes:
-        trace: the pass that is being recorded, or None.
-        peak_gathered_bytes: most bytes of gathered weights on their way or in use at a time so far.
+        trace: The pass that is being recorded, or None.
+        peak_gathered_bytes: Most bytes of gathered weights on their way or in use at a time so far.
     """
 
     def __init__(self):
@@ -92,9 +92,9 @@ class Phases:
         """Evaluate gradients, those of the last unit first.
 
         Args:
-            trace: of the pass; `evaluate_forward` has gone over it.
-            grads: gradient tree under parameter names.
-            others: further arrays, evaluated at the end, such as the gradient of the pass's input.
+            trace: The record of the pass; `evaluate_forward` has gone over it.
+            grads: Gradient tree under parameter names.
+            others: Further arrays, evaluated at the end, such as the gradient of the pass's input.
         """
         named = dict(named_arrays(grads))
         again = {call.path: call.forward for call in trace.recomputed}

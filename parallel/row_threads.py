@@ -38,10 +38,10 @@ class RowThreads:
     """Threads that share the rows of micro-batches; for `value_and_grad(..., row_threads=...)`.
 
     Args:
-        num_threads: how many; the cores that this process may use is a good number. Fewer work where there are fewer
+        num_threads: How many; the cores that this process may use is a good number. Fewer work where there are fewer
             slices, or where their float32 gradients would take more than 4 GiB beside the first's.
-        slice_tokens: rows go together up to so many tokens; a longer row goes alone. Default: 512.
-        around: makes a context within which the threads compute, in the caller's thread; to keep the BLAS from
+        slice_tokens: Rows go together up to so many tokens; a longer row goes alone. Default: 512.
+        around: Makes a context within which the threads compute, in the caller's thread; to keep the BLAS from
             starting threads of its own, say. Default: none.
     """
 
@@ -72,12 +72,12 @@ class RowThreads:
         Gradients have their parameters' dtypes. What a forward pass assigns to the model's arrays is lost.
 
         Args:
-            model: what `loss_and_grad` is called with.
+            model: What `loss_and_grad` is called with.
             loss_and_grad: `loss_and_grad(model, batch) -> ((loss_sum, weight), grads)`.
-            batch: every array in it has the rows as its first axis.
+            batch: Every array in it has the rows as its first axis.
 
         Raises:
-            ValueError: an array of `batch` has other rows than `batch["tokens"]`.
+            ValueError: An array of `batch` has other rows than `batch["tokens"]`.
         """
         slices = self._slices(batch)
         number = min(self._num_threads, len(slices), _affordable(model))

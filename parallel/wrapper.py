@@ -29,16 +29,16 @@ class ParallelState:
     """What the wrappers around one module agreed on.
 
     Attributes:
-        groups: mesh axis name ("dp_replicate", "dp_shard", "pp", "tp") to the group of that axis.
-        reducers: functions that sum a gradient tree over the data-parallel ranks, applied in order.
-        fusions: what sums whole gradients over the replicas; tells the bytes of its messages.
-        loss_groups: groups over which loss sums and token counts are summed.
+        groups: Mesh axis name ("dp_replicate", "dp_shard", "pp", "tp") to the group of that axis.
+        reducers: Functions that sum a gradient tree over the data-parallel ranks, applied in order.
+        fusions: What sums whole gradients over the replicas; tells the bytes of its messages.
+        loss_groups: Groups over which loss sums and token counts are summed.
         runner: `runner(loss_fn) -> run(micro_batches) -> (loss_sum, weight, grads)` in place of the plain
             forward and backward of the micro-batches (pipeline), or None.
         forward: `forward(loss_fn, model, batch) -> (loss_sum, weight)` in place of `loss_fn`, or None.
-        phases: evaluates a traced pass in steps.
-        repeated: names of parameters that another pipeline stage has too, and counts (tied embeddings).
-        in_step: a step of `parallel.value_and_grad` is computing this rank's gradients.
+        phases: Evaluates a traced pass in steps.
+        repeated: Names of parameters that another pipeline stage has too, and counts (tied embeddings).
+        in_step: A step of `parallel.value_and_grad` is computing this rank's gradients.
     """
 
     groups: dict[str, comm.Group] = field(default_factory=dict)
@@ -90,12 +90,12 @@ class Wrapper(_Extended):
     wrapper's, which has run already.
 
     Args:
-        module: the module to wrap; it is returned, not copied.
-        group: ranks that take part. Default: the world of `comm.init()`.
+        module: The module to wrap; it is returned, not copied.
+        group: Ranks that take part. Default: the world of `comm.init()`.
 
     Raises:
         TypeError: `module` is not an `mlx.nn.Module`.
-        ValueError: the module already has this wrapper.
+        ValueError: The module already has this wrapper.
     """
 
     def __new__(cls, module: nn.Module, group: comm.Group | None = None, **options: Any) -> Self:

@@ -41,7 +41,7 @@ class Opened:
         recipe: The resolved recipe.
         sizes: Sizes of the mesh's axes.
         batch: Sizes of a global batch.
-        tokenizer: mlx-lm's wrapper of the tokenizer.
+        tokenizer: Mlx-lm's wrapper of the tokenizer.
         splits: Tokenised training and validation rows.
         base: The model and its config.
         objective: What is minimised.

@@ -162,7 +162,7 @@ def check_plot(path: str) -> None:
     """Before anything is measured: can the plot be drawn and written?
 
     Raises:
-        ValueError: matplotlib is not installed, or there is no such folder.
+        ValueError: Matplotlib is not installed, or there is no such folder.
     """
     if not find_spec("matplotlib"):
         raise ValueError("--plot needs matplotlib: pip install -e '.[report]'")

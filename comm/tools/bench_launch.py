@@ -25,7 +25,7 @@ def compare_launchers(num_repeats: int) -> dict[str, float]:
     """Median seconds of each, and the median of `mlx.launch`'s time by ours.
 
     Raises:
-        ValueError: mlx.launch is not installed.
+        ValueError: Mlx.launch is not installed.
     """
     beside = Path(sys.executable).parent / "mlx.launch"
     other = str(beside) if beside.exists() else shutil.which("mlx.launch")

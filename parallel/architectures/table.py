@@ -14,8 +14,8 @@ class Part:
     """A stretch of a divided dimension.
 
     Attributes:
-        units: attribute of the block that counts what must stay in one piece (heads); None = single features.
-        width: attribute of the block with the features per unit; None = the dimension's even share.
+        units: Attribute of the block that counts what must stay in one piece (heads); None = single features.
+        width: Attribute of the block with the features per unit; None = the dimension's even share.
     """
 
     units: str | None = None
@@ -28,8 +28,8 @@ class Cut:
 
     Attributes:
         sharding: "all-to-sharded" | "sharded-to-all" (linears), or "slice": arrays along their first dimension.
-        parts: the stretches of the divided dimension, in order.
-        leaves: a "sharded-to-all" linear sums its result over the ranks; False where the block does.
+        parts: The stretches of the divided dimension, in order.
+        leaves: A "sharded-to-all" linear sums its result over the ranks; False where the block does.
     """
 
     sharding: str
@@ -42,15 +42,15 @@ class BlockPlan:
     """One kind of block.
 
     Attributes:
-        name: the last name of the block's path.
-        marker: a child that tells this kind from others of the same name.
-        cuts: path inside the block (a linear, another module, or an array) to how it is divided. A path that a
+        name: The last name of the block's path.
+        marker: A child that tells this kind from others of the same name.
+        cuts: Path inside the block (a linear, another module, or an array) to how it is divided. A path that a
             model lacks is passed over.
-        whole: paths that every rank keeps; their gradients are summed over the ranks.
-        counts: attribute to the unit whose number it holds or is proportional to; becomes this rank's number.
-        sizes: attribute to the cut whose divided dimension it holds; becomes this rank's size.
-        copied: units that are held by several ranks when there are fewer of them than ranks.
-        sums: the block's output is summed over the ranks (else its last linear has done it).
+        whole: Paths that every rank keeps; their gradients are summed over the ranks.
+        counts: Attribute to the unit whose number it holds or is proportional to; becomes this rank's number.
+        sizes: Attribute to the cut whose divided dimension it holds; becomes this rank's size.
+        copied: Units that are held by several ranks when there are fewer of them than ranks.
+        sums: The block's output is summed over the ranks (else its last linear has done it).
     """
 
     name: str
@@ -92,10 +92,10 @@ class Architecture:
     """One row: an architecture by its `model_type`.
 
     Attributes:
-        tensor: what tensor parallelism divides; None = it cannot be divided by a table.
-        logits: from the text model's arguments to what its logits undergo after the projection, as settings of `Head`;
+        tensor: What tensor parallelism divides; None = it cannot be divided by a table.
+        logits: From the text model's arguments to what its logits undergo after the projection, as settings of `Head`;
             None = not known, so a loss runs the whole model.
-        staged: its pipeline stages are proven equal to the whole model.
+        staged: Its pipeline stages are proven equal to the whole model.
     """
 
     tensor: ModelPlan | None = None

@@ -35,14 +35,14 @@ class FullyShardedDataParallel(Wrapper):
     with `lazy=True`: a rank then never holds more than its slices and one tensor.
 
     Args:
-        module: the model; the same object is returned.
-        group: the ranks. Default: the world of `comm.init()`.
-        reshard_after_forward: free a layer's gathered weights after its forward pass and gather them again in
+        module: The model; the same object is returned.
+        group: The ranks. Default: the world of `comm.init()`.
+        reshard_after_forward: Free a layer's gathered weights after its forward pass and gather them again in
             the backward pass: least memory. False keeps them in between: a third less traffic.
-        wire_dtype: dtype in which gradients are summed; None = their own. Default: float32.
+        wire_dtype: Dtype in which gradients are summed; None = their own. Default: float32.
 
     Raises:
-        ValueError: the layers are not where mlx-lm's text models have them; the module stays as it was.
+        ValueError: The layers are not where mlx-lm's text models have them; the module stays as it was.
 
     Sources: Rajbhandari et al., ZeRO (arXiv 1910.02054); Zhao et al., PyTorch FSDP (arXiv 2304.11277).
     """
@@ -88,11 +88,11 @@ class Unit:
     """What a sharded unit knows of itself.
 
     Attributes:
-        path: its path in the model.
-        group: the ranks.
-        phases: where its calls are recorded.
-        reshard: gathered weights are freed after the forward pass.
-        wire_dtype: dtype in which gradients are summed, or None.
+        path: Its path in the model.
+        group: The ranks.
+        phases: Where its calls are recorded.
+        reshard: Gathered weights are freed after the forward pass.
+        wire_dtype: Dtype in which gradients are summed, or None.
     """
 
     def __init__(self, path: str, group: comm.Group, phases: Phases, reshard: bool, wire_dtype: mx.Dtype | None):

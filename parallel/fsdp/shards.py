@@ -23,9 +23,9 @@ def gather_messages(local: Arrays, splits: Mapping[str, Split], group: comm.Grou
     """Whole arrays from this rank's slices; lazy.
 
     Args:
-        local: name to slice.
-        splits: name to how it is divided.
-        group: the ranks.
+        local: Name to slice.
+        splits: Name to how it is divided.
+        group: The ranks.
 
     Returns:
         The messages, one per dtype, `(ranks, numbers)`; and the whole arrays, made from them.

@@ -8,7 +8,7 @@ class AbsentCache:
     """Stands in a list of key-value caches for a layer of another stage; masks come from a cache of the same kind.
 
     Args:
-        peer: the cache of one of this stage's layers, or None when no layer here uses such masks.
+        peer: The cache of one of this stage's layers, or None when no layer here uses such masks.
     """
 
     def __init__(self, peer: Any = None):

@@ -50,8 +50,8 @@ class Elsewhere(nn.Module):
     """Stands where another stage has a layer, and looks like that layer to the code that makes masks and caches.
 
     Args:
-        layer: the layer; its plain attributes are kept (such as `is_linear`), none of its arrays.
-        passage: given to the layer before the stage's own, which hands out what came in.
+        layer: The layer; its plain attributes are kept (such as `is_linear`), none of its arrays.
+        passage: Given to the layer before the stage's own, which hands out what came in.
     """
 
     # Never in training mode: what checkpointing adds to a layer would hide the gradient of what comes in.
@@ -80,7 +80,7 @@ def check_stages(model: nn.Module) -> None:
     """Refuse a model that cannot be cut.
 
     Raises:
-        ValueError: names its architecture and those that can.
+        ValueError: Names its architecture and those that can.
     """
     model_type = getattr(text_model(model), "model_type", None)
     core = getattr(text_model(model), "model", None)
@@ -94,9 +94,9 @@ def cut_model(model: nn.Module, own: range, num_layers: int) -> Passage:
     """Drop in place what other stages have; evaluates nothing.
 
     Args:
-        model: checked by `check_stages`.
-        own: numbers of the layers that stay.
-        num_layers: of the whole model.
+        model: Checked by `check_stages`.
+        own: Numbers of the layers that stay.
+        num_layers: How many layers the whole model has.
 
     Returns:
         What the stage's modules read in each forward pass.

@@ -37,14 +37,14 @@ class PipelineParallel(Wrapper):
     up to there, so that shapes, segments and dropout keys agree; only the last stage runs the rest.
 
     Args:
-        module: the model; the same object is returned.
-        group: the stages, in order. Default: the world of `comm.init()`.
+        module: The model; the same object is returned.
+        group: The stages, in order. Default: the world of `comm.init()`.
         schedule: "1f1b" (a stage holds at most `stages - rank` micro-batches) | "gpipe" (all of them).
         split: "even" | "memory" (by the memory of each machine) | layers per stage.
-        peers: groups whose ranks must cut alike; see `stages.choose_split`.
+        peers: Groups whose ranks must cut alike; see `stages.choose_split`.
 
     Raises:
-        ValueError: an unknown architecture, schedule or split; a backend that cannot send between ranks.
+        ValueError: An unknown architecture, schedule or split; a backend that cannot send between ranks.
 
     Source: Narayanan et al., Megatron-LM (arXiv 2104.04473).
     """

@@ -13,7 +13,7 @@ class Action(NamedTuple):
 
     Attributes:
         kind: "recv_activation" | "forward" | "send_activation" | "recv_gradient" | "backward" | "send_gradient".
-        micro_batch: its number, from 0.
+        micro_batch: Its number, from 0.
     """
 
     kind: str
@@ -26,12 +26,12 @@ def plan_actions(schedule: str, rank: int, num_stages: int, num_micro_batches: i
     Args:
         schedule: "1f1b": at most `num_stages - rank` micro-batches hold activations at a time. "gpipe": all
             forward passes, then all backward passes; every micro-batch holds activations.
-        rank: the stage, 0 = the one with the embedding.
-        num_stages: stages of the pipeline.
-        num_micro_batches: micro-batches of a step.
+        rank: The stage, 0 = the one with the embedding.
+        num_stages: Stages of the pipeline.
+        num_micro_batches: Micro-batches of a step.
 
     Raises:
-        ValueError: an unknown schedule.
+        ValueError: An unknown schedule.
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule is {schedule!r}; it must be one of {', '.join(sorted(SCHEDULES))}.")

@@ -24,9 +24,9 @@ def memory_split(
     """Layers per stage so that the fullest machine is as little full as can be; every stage has at least one.
 
     Args:
-        layer_bytes: of each layer.
-        first_bytes, last_bytes: of what the first stage (embedding) and the last (norm, head) have besides.
-        memory_bytes: of each stage's machine.
+        layer_bytes: The size of each layer.
+        first_bytes, last_bytes: The sizes of what the first stage (embedding) and the last (norm, head) have besides.
+        memory_bytes: The memory of each stage's machine.
     """
     num_layers, num_stages = len(layer_bytes), len(memory_bytes)
     sums = [0]
@@ -58,14 +58,14 @@ def choose_split(
     """Layers per stage, equal on all ranks.
 
     Args:
-        model: the whole model.
+        model: The whole model.
         split: "even", "memory", or the counts.
-        group: the stages.
-        peers: groups whose ranks must choose alike (data and tensor parallel): of the machines that hold the
+        group: The stages.
+        peers: Groups whose ranks must choose alike (data and tensor parallel): of the machines that hold the
             same stage, the smallest counts.
 
     Raises:
-        ValueError: unknown, or it does not fit the layers or the stages.
+        ValueError: Unknown, or it does not fit the layers or the stages.
     """
     num_layers = len(text_model(model).model.layers)
     check_split(split, num_layers, group.size)
@@ -85,7 +85,7 @@ def check_split(split: str | Sequence[int], num_layers: int, num_stages: int) ->
     """Refuse a split that does not fit.
 
     Raises:
-        ValueError: unknown, or it does not fit the layers or the stages.
+        ValueError: Unknown, or it does not fit the layers or the stages.
     """
     if num_stages > num_layers:
         raise ValueError(f"{num_layers} layers cannot be cut into {num_stages} stages; each needs at least one.")

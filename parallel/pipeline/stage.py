@@ -36,7 +36,7 @@ class Passage:
     """What goes into a stage's layers in one forward pass; the stage's modules read it.
 
     Attributes:
-        is_first, is_last: which ends of the model this stage has.
+        is_first, is_last: Which ends of the model this stage has.
         incoming: `(B, L, D)` from the stage before; None on the first.
         state: "closed" | "looking" (report the tokens' shape) | "open" (one forward pass) | "used".
     """
@@ -51,7 +51,7 @@ class Passage:
         """Called by the decoder stack with its tokens.
 
         Raises:
-            ValueError: the model is run outside of a pipeline step, or twice in one loss.
+            ValueError: The model is run outside of a pipeline step, or twice in one loss.
         """
         if self.state == "looking":
             raise SeenInputs(tokens.shape)
@@ -66,13 +66,13 @@ class Stage:
     """One rank's place in the pipeline, and its messages.
 
     Attributes:
-        group: the stages.
-        own: numbers of this stage's layers.
-        passage: what its modules read.
-        schedule: name of the schedule.
-        shared: names of parameters that the first and the last stage both have.
-        outgoing: width and dtype of the hidden states that leave; None before the first.
-        busy_seconds, step_seconds: time spent computing in the latest step, and its length.
+        group: The stages.
+        own: Numbers of this stage's layers.
+        passage: What its modules read.
+        schedule: Name of the schedule.
+        shared: Names of parameters that the first and the last stage both have.
+        outgoing: Width and dtype of the hidden states that leave; None before the first.
+        busy_seconds, step_seconds: Time spent computing in the latest step, and its length.
     """
 
     def __init__(self, group: comm.Group, own: range, passage: Passage, schedule: str, shared: list[str]):

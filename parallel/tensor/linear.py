@@ -44,15 +44,15 @@ def shard_linear(
             around one of these or around one that is sharded already.
         sharding: "all-to-sharded" divides the outputs: whole input, sliced result, input gradients summed.
             "sharded-to-all" divides the inputs: sliced input, results summed over the group.
-        segments: parts of the divided dimension that are divided one by one: how many, at which indices or
+        segments: Parts of the divided dimension that are divided one by one: how many, at which indices or
             fractions they begin, or `Segment`s. Default: 1.
-        group: the ranks. Default: the world of `comm.init()`.
+        group: The ranks. Default: the world of `comm.init()`.
 
     Returns:
         The layer, frozen where `linear` was; nothing is evaluated.
 
     Raises:
-        ValueError: an unknown sharding, or a dimension that the group's size does not divide.
+        ValueError: An unknown sharding, or a dimension that the group's size does not divide.
     """
     group = comm.init() if group is None else group
     if sharding not in SHARDINGS:
@@ -69,12 +69,12 @@ class Sharding:
 
     Attributes:
         kind: "all-to-sharded" | "sharded-to-all".
-        group: the ranks.
-        output_dims, input_dims: of the whole layer.
-        segments: parts of the divided dimension.
-        enters: the layer itself enters the split region with its input and its whole factors; False inside a
+        group: The ranks.
+        output_dims, input_dims: The features of the whole layer.
+        segments: Parts of the divided dimension.
+        enters: The layer itself enters the split region with its input and its whole factors; False inside a
             block that does it once for all of them.
-        leaves: a "sharded-to-all" layer sums its result; False inside a block that sums its own.
+        leaves: A "sharded-to-all" layer sums its result; False inside a block that sums its own.
     """
 
     kind: str

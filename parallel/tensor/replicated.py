@@ -25,8 +25,8 @@ def copied_to_group(slots: Sequence[Slot], group: comm.Group) -> Iterator[None]:
     """Within this context the arrays in `slots` are copies whose gradients are summed over the group.
 
     Args:
-        slots: pairs of module and name of one of its own arrays. Frozen ones are left alone.
-        group: the ranks that hold them.
+        slots: Pairs of module and name of one of its own arrays. Frozen ones are left alone.
+        group: The ranks that hold them.
     """
     trained = [(module, name) for module, name in slots if name not in module._no_grad]
     if group.size == 1 or not trained:

@@ -26,9 +26,9 @@ class BlockSite:
     """A block of a model and the plan for it.
 
     Attributes:
-        path: the block's path in the model.
-        module: the block.
-        plan: how it is divided.
+        path: The block's path in the model.
+        module: The block.
+        plan: How it is divided.
     """
 
     path: str
@@ -60,7 +60,7 @@ def plan_for(model: nn.Module) -> ModelPlan:
     """The table of the model's architecture.
 
     Raises:
-        ValueError: there is none.
+        ValueError: There is none.
     """
     model_type = getattr(model, "model_type", None)
     plans = {name: row.tensor for name, row in ARCHITECTURES.items() if row.tensor}
@@ -92,7 +92,7 @@ def check_plan(model: nn.Module, plan: ModelPlan, size: int) -> None:
     """Refuse what cannot be divided over `size` ranks, all of it at once; evaluates nothing.
 
     Raises:
-        ValueError: names the layers, the numbers, and the sizes that work; or what the plan does not cover.
+        ValueError: Names the layers, the numbers, and the sizes that work; or what the plan does not cover.
     """
     blocks = find_blocks(model, plan)
     if not blocks:

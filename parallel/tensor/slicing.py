@@ -30,10 +30,10 @@ def slice_array(
     """Replace the module's own array `name` by this rank's slice along `dim` and record that.
 
     Args:
-        segments: in units of the layer's features; scaled to the array (packed weights, scales).
+        segments: The parts of the dimension, in units of the layer's features; scaled to the array (packed weights, scales).
 
     Raises:
-        ValueError: the group's size does not divide a segment.
+        ValueError: The group's size does not divide a segment.
     """
     array, full = module[name], sum(segment.size for segment in segments)
     scaled = tuple(Segment(s.size * array.shape[dim] // full, s.copies) for s in segments)
@@ -113,8 +113,8 @@ class SlicedDropout(nn.Module):
     """Dropout of an input that is split over the group: this rank's slice of the whole input's mask.
 
     Args:
-        dropout: a layer whose mask depends on the input's shape only.
-        split: how the input's last dimension is divided.
+        dropout: A layer whose mask depends on the input's shape only.
+        split: How the input's last dimension is divided.
     """
 
     def __init__(self, dropout: nn.Module, split: Split):

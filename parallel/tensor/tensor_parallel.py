@@ -32,12 +32,12 @@ class TensorParallel(Wrapper):
     slices and the tensors of one layer's linear.
 
     Args:
-        module: the model; the same object is returned.
-        group: ranks that divide it, at the same random seed. Default: the world of `comm.init()`.
-        plan: what is divided. Default: the table of the model's architecture in `parallel.architectures`.
+        module: The model; the same object is returned.
+        group: Ranks that divide it, at the same random seed. Default: the world of `comm.init()`.
+        plan: What is divided. Default: the table of the model's architecture in `parallel.architectures`.
 
     Raises:
-        ValueError: no plan for the architecture; or something that the group's size does not divide, before
+        ValueError: No plan for the architecture; or something that the group's size does not divide, before
             anything is loaded, with the sizes that work.
 
     Source: Shoeybi et al., Megatron-LM (arXiv 1909.08053).
@@ -79,8 +79,8 @@ class SplitRegion:
     """What a sharded block knows of its children.
 
     Args:
-        site: the block and its plan.
-        group: the ranks.
+        site: The block and its plan.
+        group: The ranks.
     """
 
     def __init__(self, site: BlockSite, group: comm.Group):

@@ -53,7 +53,7 @@ class VocabularyEmbedding(SlicedModule):
         """Refused: an adapter's rows would have to be divided too.
 
         Raises:
-            ValueError: always.
+            ValueError: Always.
         """
         raise ValueError("The embedding is divided by vocabulary already; put its adapter in before TensorParallel.")
 
@@ -110,8 +110,8 @@ def cross_entropy(logits: mx.array, targets: mx.array, group: comm.Group, first:
     Args:
         logits: `(..., V / ranks)`, this rank's slice; computed in float32.
         targets: `(...)` token ids of the whole vocabulary.
-        group: the ranks that have the other slices; with one rank this is the plain cross-entropy.
-        first: the slice's first token id.
+        group: The ranks that have the other slices; with one rank this is the plain cross-entropy.
+        first: The slice's first token id.
 
     Returns:
         `(...)` float32 losses, equal on all ranks.

@@ -29,9 +29,9 @@ class Visibility:
     """Which keys a query sees: those at or before it and, if given, in its window and its document.
 
     Attributes:
-        window: number of keys a query sees, itself included; None = all before it.
+        window: Number of keys a query sees, itself included; None = all before it.
         segments: (B, T) document numbers, or None.
-        starts: for each query a key before which neither it nor a later one sees any; None = 0.
+        starts: For each query a key before which neither it nor a later one sees any; None = 0.
     """
 
     window: int | None = None
@@ -39,15 +39,15 @@ class Visibility:
     starts: np.ndarray | None = None
 
     def first_key(self, first_query: int) -> int:
-        """A key before which no query from ``first_query`` on sees any."""
+        """A key before which no query from `first_query` on sees any."""
         start = 0 if self.starts is None else int(self.starts[first_query])
         return start if self.window is None else max(start, first_query - self.window + 1)
 
     def bias(self, queries: slice, keys: slice, repeats: int, after: mx.array) -> mx.array:
         """0 or a very negative number to add to the scores: (1 or B, 1, repeats * queries, keys), float32.
 
-        It is made once ``after`` is there: free of it, the biases of all blocks and layers could be made ahead, or
-        under ``mx.compile`` once for all layers and passes, and would fill memory with T * T numbers.
+        It is made once `after` is there: free of it, the biases of all blocks and layers could be made ahead, or
+        under `mx.compile` once for all layers and passes, and would fill memory with T * T numbers.
         """
         rows, columns = mx.arange(queries.start, queries.stop)[:, None], mx.arange(keys.start, keys.stop)
         rows = mx.depends([rows], [after])[0]
@@ -62,7 +62,7 @@ class Visibility:
 
 
 def default_block_size(num_rows_and_heads: int, num_keys: int) -> int:
-    """Queries of a block: 64 on a CPU, 256 on a GPU; fewer (at least 16) to keep scores in ``MAX_SCORES``."""
+    """Queries of a block: 64 on a CPU, 256 on a GPU; fewer (at least 16) to keep scores in `MAX_SCORES`."""
     size = 64 if mx.default_device() == mx.cpu else 256
     while size > 16 and size * num_rows_and_heads * num_keys > MAX_SCORES:
         size //= 2
@@ -70,7 +70,7 @@ def default_block_size(num_rows_and_heads: int, num_keys: int) -> int:
 
 
 def keeps_probabilities(num_keys: int) -> bool:
-    """Whether probabilities are kept for the backward pass: on a CPU, up to ``KEPT_KEYS`` keys per query."""
+    """Whether probabilities are kept for the backward pass: on a CPU, up to `KEPT_KEYS` keys per query."""
     return mx.default_device() == mx.cpu and num_keys <= KEPT_KEYS
 
 
@@ -91,14 +91,14 @@ def blockwise_attention(
     Args:
         queries: (B, H, T, D).
         keys, values: (B, G, T, D) and (B, G, T, Dv), H a multiple of G.
-        scale: factor on the scores.
-        window: number of keys a query sees, itself included. Default: all.
+        scale: Factor on the scores.
+        window: Number of keys a query sees, itself included. Default: all.
         segments: (B, T) int; a query sees only keys with its own number.
-        starts: (T,) what the caller knows of where documents begin, to skip keys: see :class:`Visibility`. Default:
+        starts: (T,) what the caller knows of where documents begin, to skip keys: see `Visibility`. Default:
             nothing.
-        block_size: queries of a block. Default: :func:`default_block_size`.
-        keep: whether the backward pass finds the probabilities or makes them again. Default:
-            :func:`keeps_probabilities`.
+        block_size: Queries of a block. Default: `default_block_size`.
+        keep: Whether the backward pass finds the probabilities or makes them again. Default:
+            `keeps_probabilities`.
 
     Returns:
         (B, H, T, Dv) in the queries' dtype. Softmax and sums are in float32.
@@ -190,7 +190,7 @@ class _Blocks:
         log_sums: mx.array,
         kept: list[mx.array],
     ) -> tuple[mx.array, mx.array, mx.array]:
-        """Gradients of queries, keys and values; with ``kept`` powers, ``log_sums`` holds their plain sums."""
+        """Gradients of queries, keys and values; with `kept` powers, `log_sums` holds their plain sums."""
         d_blocks: list[mx.array] = []
         d_keys, d_values = mx.zeros(keys.shape, mx.float32), mx.zeros(values.shape, mx.float32)
         for i, (rows, columns) in enumerate(self._spans(queries.shape[3])):

@@ -12,12 +12,12 @@ from comm import custom_function
 def causal_conv(
     x: mx.array, weight: mx.array, bias: mx.array | None = None, segments: mx.array | None = None
 ) -> mx.array:
-    """y[t] = sum over k of weight[:, k] * x[t + k], what ``nn.Conv1d`` with one group per channel and no padding
+    """y[t] = sum over k of weight[:, k] * x[t + k], what `nn.Conv1d` with one group per channel and no padding
     gives.
 
     Args:
         x: (B, T + K - 1, C), the first K - 1 entries being what came before the row.
-        weight: (C, K, 1), as ``nn.Conv1d`` keeps it.
+        weight: (C, K, 1), as `nn.Conv1d` keeps it.
         bias: (C,) or None.
         segments: (B, T) document numbers; a tap into another document counts as 0.
 

@@ -1,7 +1,7 @@
 """Gradient checkpointing of decoder layers: keep a layer's input, compute its inside again in the backward pass.
 
 Exact as long as the layer is a function of its arguments, its parameters and what the caller fixed for the batch
-(masks, segments, keyed dropout): MLX's own ``nn.Dropout`` would draw another mask the second time (arXiv
+(masks, segments, keyed dropout): MLX's own `nn.Dropout` would draw another mask the second time (arXiv
 1604.06174). Every array argument gets its gradient, also inside tuples, lists and dicts; arrays that hang on other
 objects are constants.
 """
@@ -18,15 +18,15 @@ from parallel import overridden_class, slots_of, swapped
 
 
 def checkpoint_layers(layers: list[nn.Module], every: bool | int = True) -> None:
-    """Extend the classes of ``layers`` in place, so that the inside of each, or of every k-th, is computed again in
+    """Extend the classes of `layers` in place, so that the inside of each, or of every k-th, is computed again in
     the backward pass.
 
     Args:
-        layers: a model's decoder layers, with adapters and wrappers in place.
+        layers: A model's decoder layers, with adapters and wrappers in place.
         every: True or 1 for all layers, k for the k-th, 2k-th, ...; False for none.
 
     Raises:
-        ValueError: ``every`` is a negative number, or a layer draws dropout masks that a second pass would not see.
+        ValueError: `every` is a negative number, or a layer draws dropout masks that a second pass would not see.
             A layer that changes an object passed to it raises it when it is first called.
     """
     step = int(every)
@@ -68,7 +68,7 @@ def _checkpointed(cls: type) -> type:
 
 
 def _held(value: Any, seen: tuple[int, ...] = ()) -> Any:
-    """Identities of what ``value`` and the objects in it hold, by which a change of any of them shows."""
+    """Identities of what `value` and the objects in it hold, by which a change of any of them shows."""
     if isinstance(value, (mx.array, nn.Module)) or id(value) in seen:
         return id(value)
     seen += (id(value),)

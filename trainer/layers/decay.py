@@ -27,12 +27,12 @@ class Chunks:
     """Everything the recurrence needs to know about the tokens of each chunk (all arrays float32).
 
     Attributes:
-        q_in: queries times the decay since the chunk's start, inclusive (B, H, R, N, C, D).
-        k_in: keys times the same decay.
-        k_out: keys times the decay from their token to the chunk's end.
-        query_key: decayed scores q_i k_j for j <= i (B, H, R, N, C, C).
-        key_key: decayed scores k_i k_j for j < i.
-        last: decay over the whole chunk (B, H, R, N, D or 1, 1).
+        q_in: Queries times the decay since the chunk's start, inclusive (B, H, R, N, C, D).
+        k_in: Keys times the same decay.
+        k_out: Keys times the decay from their token to the chunk's end.
+        query_key: Decayed scores q_i k_j for j <= i (B, H, R, N, C, C).
+        key_key: Decayed scores k_i k_j for j < i.
+        last: Decay over the whole chunk (B, H, R, N, D or 1, 1).
     """
 
     q_in: mx.array
@@ -44,17 +44,17 @@ class Chunks:
 
 
 def lower_triangle(size: int, offset: int = 0) -> mx.array:
-    """1.0 where column <= row + offset, to multiply with: ``where`` is 4 times slower on CPUs."""
+    """1.0 where column <= row + offset, to multiply with: `where` is 4 times slower on CPUs."""
     return mx.tri(size, size, offset)
 
 
 def without_negligible(decay: mx.array) -> mx.array:
-    """``decay`` with entries below ``NEGLIGIBLE`` set to 0."""
+    """`decay` with entries below `NEGLIGIBLE` set to 0."""
     return decay * (decay > NEGLIGIBLE)
 
 
 def suffix_sum(x: mx.array, axis: int) -> mx.array:
-    """Sum of each entry and those after it along ``axis``."""
+    """Sum of each entry and those after it along `axis`."""
     return mx.cumsum(x, axis=axis, reverse=True)
 
 
@@ -92,7 +92,7 @@ class ScalarDecay:
         return self.values
 
     def gradients(self, grads: Chunks) -> tuple[mx.array, mx.array, mx.array]:
-        """Gradients for (q, k, log_gate) from the gradients of everything :meth:`chunks` returned.
+        """Gradients for (q, k, log_gate) from the gradients of everything `chunks` returned.
 
         Each value is a product of gates, so its gradient for one gate's logarithm is value times gradient. Terms
         are only ever added, never cancelled: a strong gate's tiny gradient is as exact as the others.
@@ -117,7 +117,7 @@ class ScalarDecay:
 
 class ChannelDecay:
     """Decay inside a chunk for one gate per key channel (Kimi's form); the same arguments and results as
-    :class:`ScalarDecay`.
+    `ScalarDecay`.
 
     Gradients are MLX's own of the (cheap) forward, taken again in the backward pass.
     """
@@ -186,7 +186,7 @@ def _join(diagonal: mx.array, below: mx.array) -> mx.array:
 
 
 def unit_lower_inverse(lower: mx.array) -> mx.array:
-    """Inverse of I + ``lower`` for strictly lower triangular ``lower`` (..., C, C), C a power of two.
+    """Inverse of I + `lower` for strictly lower triangular `lower` (..., C, C), C a power of two.
 
     Blocks are doubled: inv([[A, 0], [X, B]]) = [[inv A, 0], [-inv B X inv A, inv B]]. The shorter product
     (I - L)(I + L^2)(I + L^4)... has terms that grow like binomial(C, C/2) when keys repeat, and loses every digit.

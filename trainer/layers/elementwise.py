@@ -13,12 +13,12 @@ from comm import CustomFunction, custom_function
 
 
 def exp(x: mx.array) -> mx.array:
-    """e to the ``x``, for use inside custom functions (whose gradient is written by hand)."""
+    """e to the `x`, for use inside custom functions (whose gradient is written by hand)."""
     return mx.power(math.e, x) if _on_cpu(x) else mx.exp(x)
 
 
 def sigmoid(x: mx.array) -> mx.array:
-    """1 / (1 + exp(-x)), for the same use as :func:`exp`."""
+    """1 / (1 + exp(-x)), for the same use as `exp`."""
     return 1.0 / (1.0 + exp(-x)) if _on_cpu(x) else mx.sigmoid(x)
 
 
@@ -33,7 +33,7 @@ def swiglu(gate: mx.array, x: mx.array) -> mx.array:
 
 
 def precise_swiglu(like: mx.array, gate: mx.array, x: mx.array) -> mx.array:
-    """silu(gate) * x computed in float32, in the dtype of ``like``."""
+    """silu(gate) * x computed in float32, in the dtype of `like`."""
     return swiglu(gate.astype(mx.float32), x.astype(mx.float32)).astype(like.dtype)
 
 

@@ -42,18 +42,18 @@ def gated_delta_rule(
     Args:
         q, k: (B, T, Hk, Dk), normalised and scaled by the caller.
         v: (B, T, Hv, Dv).
-        log_gate: logarithm of the gate, at most 0: (B, T, Hv), or (B, T, Hv, Dk) for one gate per channel.
+        log_gate: Logarithm of the gate, at most 0: (B, T, Hv), or (B, T, Hv, Dk) for one gate per channel.
         beta: (B, T, Hv).
         state: (B, Hv, Dv, Dk) in mlx-lm's layout; zeros when None.
         mask: (B, T) bool; False tokens leave the state as it is and give zeros.
         segments: (B, T) int; the state is cleared wherever the number differs from the token before.
-        chunk_tokens: tokens of a chunk, a power of two. Default: :func:`default_chunk_tokens`.
+        chunk_tokens: Tokens of a chunk, a power of two. Default: `default_chunk_tokens`.
 
     Returns:
         y (B, T, Hv, Dv) in q's dtype, and the state after the last token, (B, Hv, Dv, Dk) float32.
 
     Raises:
-        ValueError: when Hv is not a multiple of Hk.
+        ValueError: When Hv is not a multiple of Hk.
     """
     B, T, Hk, Dk = q.shape
     Hv, Dv = v.shape[-2:]
@@ -91,7 +91,7 @@ def gated_delta_update(
     allow_neg_eigval: bool = False,
     segments: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
-    """mlx-lm's function of this name, chunk-parallel. ``use_kernel`` is accepted and has no meaning here."""
+    """mlx-lm's function of this name, chunk-parallel. `use_kernel` is accepted and has no meaning here."""
     beta = mx.sigmoid(b)
     if allow_neg_eigval:
         beta = beta * 2.0
@@ -182,7 +182,7 @@ def _recurrence(
 
 
 def _writes(chunks: Chunks, v: mx.array, beta: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """What a chunk writes is ``writes - reads @ state``; the third value is the inverse that makes a token see the
+    """What a chunk writes is `writes - reads @ state`; the third value is the inverse that makes a token see the
     ones before it.
     """
     inverse = unit_lower_inverse(beta * chunks.key_key)
@@ -197,7 +197,7 @@ def _gradients(
     dy: mx.array,
     d_state: mx.array,
 ) -> tuple[mx.array, ...]:
-    """Gradients of :func:`_recurrence` from the states at each chunk's start (B, Hk, R, N, Dk, Dv)."""
+    """Gradients of `_recurrence` from the states at each chunk's start (B, Hk, R, N, Dk, Dv)."""
     q, k, v, log_gate, beta, _ = primals
     q, k, v, dy = _contiguous(q, k, v, dy)
     decay = _decay(q, k, log_gate, keep)

@@ -16,7 +16,7 @@ CPU_LOGITS, GPU_LOGITS, MIN_ROWS = 2**21, 2**26, 128
 
 
 def chunk_rows(vocabulary: int) -> int:
-    """Rows of a chunk whose logits stay within the device's budget, but at least ``MIN_ROWS``."""
+    """Rows of a chunk whose logits stay within the device's budget, but at least `MIN_ROWS`."""
     budget = CPU_LOGITS if mx.default_device() == mx.cpu else GPU_LOGITS
     return max(MIN_ROWS, budget // vocabulary // 64 * 64)
 

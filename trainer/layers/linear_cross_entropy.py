@@ -30,18 +30,18 @@ def linear_cross_entropy(
     """Sum of the targets' cross-entropies, and how many there are.
 
     Args:
-        hidden: (B, L, D), the states that predict ``targets``.
-        head: the output head, also tied, quantized, with LoRA, or split over the ranks of ``head.group`` (then
-            ``targets`` and ``hidden`` are the same on all of them, and one sum and one maximum per row are
+        hidden: (B, L, D), the states that predict `targets`.
+        head: The output head, also tied, quantized, with LoRA, or split over the ranks of `head.group` (then
+            `targets` and `hidden` are the same on all of them, and one sum and one maximum per row are
             exchanged).
         targets: (B, L) int token ids of the whole vocabulary.
         mask: (B, L) bool, False where a token does not count.
-        max_targets: how many True entries ``mask`` has at most, for use inside ``mx.compile``, where it cannot be
+        max_targets: How many True entries `mask` has at most, for use inside `mx.compile`, where it cannot be
             read. Default: all. Elsewhere the number is read, and rounded up to one of eight sizes.
         with_gradients: False leaves out the gradients' work (evaluation); the result then has no gradient.
 
     Returns:
-        loss_sum: float32 scalar, with gradients for ``hidden`` and the head's trainable arrays.
+        loss_sum: float32 scalar, with gradients for `hidden` and the head's trainable arrays.
         num_tokens: int32 scalar.
     """
     total = targets.size
@@ -125,7 +125,7 @@ def _nll(logits: mx.array, targets: mx.array, weights: mx.array, head: Head) -> 
 
 
 def _nll_with_gradient(logits: mx.array, targets: mx.array, weights: mx.array, head: Head) -> mx.array:
-    """The loss of :func:`_nll`, whose backward pass hands out the gradient made beside it (the cotangent is always
+    """The loss of `_nll`, whose backward pass hands out the gradient made beside it (the cotangent is always
     1 here).
     """
 

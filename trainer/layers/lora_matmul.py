@@ -19,7 +19,7 @@ from parallel import overridden_class
 
 
 def use_fast_lora(model: nn.Module) -> None:
-    """Extend the class of each of mlx-lm's ``LoRALinear`` in ``model``, in place; before parallel wrappers. Names
+    """Extend the class of each of mlx-lm's `LoRALinear` in `model`, in place; before parallel wrappers. Names
     and values stay.
     """
     for module in model.modules():
@@ -35,12 +35,12 @@ def lora_matmul(
 
     Args:
         x: (..., D).
-        base: any layer from D to O; frozen ``nn.Linear`` and ``nn.QuantizedLinear`` are computed together with the
+        base: Any layer from D to O; frozen `nn.Linear` and `nn.QuantizedLinear` are computed together with the
             update.
         lora_a: (D, r).
         lora_b: (r, O).
-        scale: factor on the update.
-        dropped: ``x`` after dropout, or None for ``x`` itself.
+        scale: Factor on the update.
+        dropped: `x` after dropout, or None for `x` itself.
     """
     rows = x.reshape(-1, x.shape[-1])
     if _is_frozen_matrix(base) and dropped is None:
@@ -58,7 +58,7 @@ def _is_frozen_matrix(base: nn.Module) -> bool:
 
 
 def _times(rows: mx.array, base: nn.Module, transpose: bool) -> mx.array:
-    """rows W^T (``transpose``) or rows W."""
+    """rows W^T (`transpose`) or rows W."""
     if isinstance(base, nn.Linear):
         return rows @ (base.weight.T if transpose else base.weight)
     return mx.quantized_matmul(

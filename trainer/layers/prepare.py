@@ -1,11 +1,11 @@
 """Make one mlx-lm model fast and exact to train: its layers get the functions of this package, its weights and
 names stay.
 
-A layer's class is extended (as wrappers do) by one whose ``__call__`` is mlx-lm's own code with other globals:
-where it says ``scaled_dot_product_attention``, ``gated_delta_update``, ``swiglu`` or ``nn.silu``, it finds ours.
+A layer's class is extended (as wrappers do) by one whose `__call__` is mlx-lm's own code with other globals:
+where it says `scaled_dot_product_attention`, `gated_delta_update`, `swiglu` or `nn.silu`, it finds ours.
 mlx-lm's modules are not touched, nor is generation: with one of mlx-lm's caches a layer runs mlx-lm's own code.
 
-Packed rows use the ``cache`` argument too: ``model(tokens, cache=model.segment_cache(segments))``.
+Packed rows use the `cache` argument too: `model(tokens, cache=model.segment_cache(segments))`.
 """
 
 import inspect
@@ -33,14 +33,14 @@ UPSTREAM = "mlx_lm.models."
 
 
 def extend_layers(model: nn.Module, *, packs: bool) -> nn.Module:
-    """Extend the classes of ``model`` and of its layers; once, before adapters and parallel wrappers.
+    """Extend the classes of `model` and of its layers; once, before adapters and parallel wrappers.
 
     Args:
-        model: an mlx-lm model. Layers whose code uses none of the functions replaced here are left alone.
-        packs: packed rows are exact for it, so its layers are told their windows and documents in words.
+        model: An mlx-lm model. Layers whose code uses none of the functions replaced here are left alone.
+        packs: Packed rows are exact for it, so its layers are told their windows and documents in words.
 
     Returns:
-        The same object. It has ``segment_cache(segments)`` now.
+        The same object. It has `segment_cache(segments)` now.
     """
     for module in model.modules():
         cls: Any = type(module)
@@ -63,7 +63,7 @@ def attention(
     mask: TrainingMask | mx.array | str | None,
     sinks: mx.array | None = None,
 ) -> mx.array:
-    """mlx-lm's ``scaled_dot_product_attention`` for whole training rows.
+    """mlx-lm's `scaled_dot_product_attention` for whole training rows.
 
     Blockwise where the mask is causal, with or without window and documents. MLX's own where the mask is an array
     or missing, with attention sinks, for plain causal rows on CUDA (it has a fused backward pass there), and for
@@ -84,7 +84,7 @@ def attention(
 
 
 class _View:
-    """An object with some attributes replaced; calling it runs its class's ``__call__`` on the view."""
+    """An object with some attributes replaced; calling it runs its class's `__call__` on the view."""
 
     def __init__(self, base: Any, attributes: dict[str, Any]) -> None:
         self._base = base
@@ -106,7 +106,7 @@ FUNCTIONS: dict[str, Any] = {
 
 
 def _replaced(call: Any) -> dict[str, Any]:
-    """The globals that the code of ``call`` uses and that have a replacement."""
+    """The globals that the code of `call` uses and that have a replacement."""
     names = call.__code__.co_names
     found = {name: FUNCTIONS[name] for name in FUNCTIONS if name in names and name in call.__globals__}
     if "silu" in names and call.__globals__.get("nn") is nn:
@@ -123,7 +123,7 @@ def _with_globals(call: Any, replaced: dict[str, Any]) -> FunctionType:
 
 @cache
 def _training_class(cls: type) -> type:
-    """``cls`` with a ``__call__`` that runs ours in training, and mlx-lm's with one of mlx-lm's caches (or in eval
+    """`cls` with a `__call__` that runs ours in training, and mlx-lm's with one of mlx-lm's caches (or in eval
     mode, for layers that take none)."""
     original: Any = cls.__call__
     replaced = _replaced(original)
@@ -152,7 +152,7 @@ def _training_class(cls: type) -> type:
 
 
 def _restarted(rope: nn.Module, positions: mx.array, x: mx.array, offset: int = 0) -> mx.array:
-    """Rotary embedding of x (B, H, T, D) at ``positions`` (B, T): MLX takes one offset per row, so every token
+    """Rotary embedding of x (B, H, T, D) at `positions` (B, T): MLX takes one offset per row, so every token
     becomes a row.
     """
     B, H, T, D = x.shape
@@ -161,7 +161,7 @@ def _restarted(rope: nn.Module, positions: mx.array, x: mx.array, offset: int = 
 
 
 def _with_segmented_convolutions(module: nn.Module, segments: mx.array | None) -> nn.Module | _View:
-    """``module`` as seen by its own code when its depthwise convolutions, also those of its parts, stop at document
+    """`module` as seen by its own code when its depthwise convolutions, also those of its parts, stop at document
     borders.
     """
     found: dict[str, Callable] = {}
@@ -190,7 +190,7 @@ def _core_class(cls: type) -> type:
 @cache
 def _model_class(cls: type) -> type:
     def segment_cache(self, segments: mx.array | None) -> list[AttentionSegments | StateSegments]:
-        """What to pass as ``cache`` for rows of several documents, numbered by ``segments`` (B, T)."""
+        """What to pass as `cache` for rows of several documents, numbered by `segments` (B, T)."""
         return segment_caches(self.layers, segments)
 
     return overridden_class(cls, {"segment_cache": segment_cache})

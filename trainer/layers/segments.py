@@ -1,7 +1,7 @@
 """Which tokens may see which in training rows: several documents in a row, sliding windows.
 
-mlx-lm's models ask their ``cache`` argument for masks. The objects here answer that one question and hold nothing
-else; layers extended by ``prepare_for_training`` read windows and documents from them.
+mlx-lm's models ask their `cache` argument for masks. The objects here answer that one question and hold nothing
+else; layers extended by `prepare_for_training` read windows and documents from them.
 """
 
 from dataclasses import dataclass
@@ -19,9 +19,9 @@ class TrainingMask:
     """A causal mask in words.
 
     Attributes:
-        window: keys a query sees at most, itself included; None = all.
+        window: Keys a query sees at most, itself included; None = all.
         segments: (B, T) document numbers, or None.
-        starts: for each of the T tokens a key before which neither it nor any later token sees one, in no row; None
+        starts: For each of the T tokens a key before which neither it nor any later token sees one, in no row; None
             = 0.
     """
 
@@ -46,7 +46,7 @@ class AttentionSegments:
 
     Attributes:
         segments: (B, T) document numbers, or None for one document a row.
-        starts: as in :class:`TrainingMask`.
+        starts: See `TrainingMask`.
         positions: (B, T) each token's place in its document, or None.
     """
 
@@ -66,7 +66,7 @@ class AttentionSegments:
 @dataclass(frozen=True)
 class StateSegments:
     """Stands where mlx-lm expects the cache of a layer with a recurrent state. The attribute is that of
-    :class:`AttentionSegments`.
+    `AttentionSegments`.
     """
 
     segments: mx.array | None = None
@@ -76,10 +76,10 @@ class StateSegments:
 
 
 def segment_caches(layers: list[nn.Module], segments: mx.array | None) -> list[AttentionSegments | StateSegments]:
-    """What to give as ``cache`` to a model with these layers, to keep the documents of packed rows apart.
+    """What to give as `cache` to a model with these layers, to keep the documents of packed rows apart.
 
     Args:
-        layers: the model's decoder layers.
+        layers: The model's decoder layers.
         segments: (B, T) int, one number per document, 0 for padding; None = one document a row.
     """
     if segments is None:
@@ -104,7 +104,7 @@ def has_state(layer: nn.Module) -> bool:
 
 def _first_starts(segments: mx.array) -> np.ndarray | None:
     """For each token the earliest start of its document over all rows (T,), rounded down; None inside
-    ``mx.compile``, where segments cannot be read."""
+    `mx.compile`, where segments cannot be read."""
     try:
         numbers = np.array(segments)
     except ValueError:

@@ -40,9 +40,9 @@ class Footprint:
     """Bytes on the fullest rank of a mesh.
 
     Attributes:
-        weights, gradients, optimizer: exact.
-        buffers: of communication: messages in flight, weights gathered for use.
-        activations: everything else at the step's peak, all rows of a micro-batch at once; CPUs take them in slices.
+        weights, gradients, optimizer: Exact.
+        buffers: What communication holds: messages in flight, weights gathered for use.
+        activations: Everything else at the step's peak, all rows of a micro-batch at once; CPUs take them in slices.
     """
 
     weights: int
@@ -61,8 +61,8 @@ def plan_memory(recipe: Recipe, planned: PlannedModel) -> MemoryPlan:
     """Bytes that the ranks of any mesh need for a recipe; nothing is evaluated.
 
     Args:
-        recipe: gives the batch, the optimizer and the pipeline's schedule.
-        planned: the recipe's model; it is left as it was.
+        recipe: Gives the batch, the optimizer and the pipeline's schedule.
+        planned: The recipe's model; it is left as it was.
     """
     return MemoryPlan(recipe, planned)
 
@@ -71,9 +71,9 @@ class MemoryPlan:
     """What a recipe's ranks need on any mesh; the step is traced once. Made by `plan_memory`.
 
     Attributes:
-        parts: all parameters, whole.
-        num_layers: of the model.
-        loss: the run's loss function.
+        parts: All parameters, whole.
+        num_layers: How many layers the model has.
+        loss: The run's loss function.
     """
 
     def __init__(self, recipe: Recipe, planned: PlannedModel) -> None:
@@ -89,7 +89,7 @@ class MemoryPlan:
         """Layers of each pipeline stage; `memory` is planned for machines of equal memory.
 
         Raises:
-            ValueError: the model cannot be cut into stages.
+            ValueError: The model cannot be cut into stages.
         """
         split = self.recipe.parallel.split
         if pp > 1:
@@ -113,7 +113,7 @@ class MemoryPlan:
         """The parameters on a rank of a pipeline stage, each as it holds it; with FSDP those of its largest rank.
 
         Raises:
-            ValueError: the model cannot be divided so.
+            ValueError: The model cannot be divided so.
         """
         return self._placement.rank(mesh, stage, self.split(mesh.pp))
 
@@ -121,11 +121,11 @@ class MemoryPlan:
         """The footprint of the fullest rank.
 
         Args:
-            mesh: sizes of the axes.
-            accumulation: micro-batches of one step.
+            mesh: Sizes of the axes.
+            accumulation: Micro-batches of one step.
 
         Raises:
-            ValueError: the model cannot be divided so.
+            ValueError: The model cannot be divided so.
         """
         return max((self.stage(mesh, accumulation, stage) for stage in range(mesh.pp)), key=lambda f: f.peak)
 

@@ -39,11 +39,11 @@ class Buffer:
     """Memory of one or more arrays.
 
     Attributes:
-        shape: of the array it was made for.
-        num_bytes: its size.
-        born, died: steps of the execution at which it comes and goes; died is past the end for results.
-        is_result: the function returns it.
-        num_owners: arrays in it that are still to be read, during the walk.
+        shape: The shape of the array it was made for.
+        num_bytes: Its size.
+        born, died: Steps of the execution at which it comes and goes; died is past the end for results.
+        is_result: The function returns it.
+        num_owners: Arrays in it that are still to be read, during the walk.
     """
 
     shape: tuple[int, ...]
@@ -59,9 +59,9 @@ class Lifetimes:
     """When each buffer of a computation is there.
 
     Attributes:
-        buffers: all of them, but those of inputs that the caller keeps.
-        num_steps: number of operations.
-        made_at: step at which each result was made, in the order of the results.
+        buffers: All of them, but those of inputs that the caller keeps.
+        num_steps: Number of operations.
+        made_at: Step at which each result was made, in the order of the results.
     """
 
     buffers: list[Buffer] = field(default_factory=list)
@@ -121,8 +121,8 @@ def lifetimes(graph: Graph, given_up: dict[str, int] | None = None) -> Lifetimes
     """Walk through the graph and note when each buffer comes and goes.
 
     Args:
-        graph: the traced function.
-        given_up: inputs that nobody else holds, with their bytes: they count, until their last reader has run.
+        graph: The traced function.
+        given_up: Inputs that nobody else holds, with their bytes: they count, until their last reader has run.
     """
     return _Walk(graph, given_up or {}).run()
 

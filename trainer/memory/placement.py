@@ -26,10 +26,10 @@ class Part:
     """One rank's part of a parameter, or the whole of it.
 
     Attributes:
-        name: the parameter's.
-        shape: of the part.
-        dtype: its dtype.
-        trainable: whether it is trained.
+        name: The parameter's.
+        shape: The shape of the part.
+        dtype: Its dtype.
+        trainable: Whether it is trained.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Placement:
     """The parameters of a model and what each rank of a mesh has of them.
 
     Args:
-        model: as in a run, adapters included; its arrays stay lazy.
+        model: The model as in a run, adapters included; its arrays stay lazy.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -74,12 +74,12 @@ class Placement:
         """The parts on a rank of pipeline stage `stage`; with FSDP those of its largest rank.
 
         Args:
-            mesh: sizes of the axes.
-            stage: number of the pipeline stage.
-            split: layers of each stage.
+            mesh: Sizes of the axes.
+            stage: Number of the pipeline stage.
+            split: Layers of each stage.
 
         Raises:
-            ValueError: tensor parallelism of that size does not work for the model.
+            ValueError: Tensor parallelism of that size does not work for the model.
         """
         here = [part for part in self.tensor_parallel(mesh.tp) if stage in self._stages(part, split)]
         return [_shard(part, mesh.dp_shard) for part in here]
@@ -88,7 +88,7 @@ class Placement:
         """All parameters, each as one of `tp` ranks holds it.
 
         Raises:
-            ValueError: no plan for the architecture, or a dimension that `tp` does not divide.
+            ValueError: No plan for the architecture, or a dimension that `tp` does not divide.
         """
         if tp not in self._tensor_parallel:
             local = _tensor_parallel_shapes(self.model, tp)

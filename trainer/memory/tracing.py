@@ -32,9 +32,9 @@ class Operation:
     """One operation.
 
     Attributes:
-        name: of MLX's primitive.
-        inputs, outputs: names of the arrays that it reads and makes.
-        shapes, num_bytes: of the arrays that it makes.
+        name: The name of MLX's primitive.
+        inputs, outputs: Names of the arrays that it reads and makes.
+        shapes, num_bytes: Shape and size of each array that it makes.
     """
 
     name: str
@@ -49,9 +49,9 @@ class Graph:
     """A traced function.
 
     Attributes:
-        operations: those that the results need, in no particular order.
-        inputs: names of the function's arguments.
-        outputs: names of its results.
+        operations: Those that the results need, in no particular order.
+        inputs: Names of the function's arguments.
+        outputs: Names of its results.
     """
 
     operations: tuple[Operation, ...]
@@ -63,11 +63,11 @@ def trace(function: Callable[..., list[mx.array]], arguments: Sequence[mx.array]
     """The graph of `function(*arguments)`, whose arrays may be lazy: only shapes and dtypes are looked at.
 
     Args:
-        function: from arrays to a list of arrays. Arrays that it takes from elsewhere must have values.
-        arguments: examples of its arguments.
+        function: A function from arrays to a list of arrays. Arrays that it takes from elsewhere must have values.
+        arguments: Examples of its arguments.
 
     Raises:
-        ValueError: the function uses an operation that MLX cannot export.
+        ValueError: The function uses an operation that MLX cannot export.
     """
     calls: list[_Call] = []
 

@@ -48,8 +48,8 @@ class Adapter:
     """An adapter folder's content.
 
     Attributes:
-        spec: modules, rank, scale and method; dropout is that of the recipe.
-        tensors: parameter name in the adapted model to initial value (lazy).
+        spec: Modules, rank, scale and method; dropout is that of the recipe.
+        tensors: Parameter name in the adapted model to initial value (lazy).
     """
 
     spec: LoRASpec
@@ -60,12 +60,12 @@ def read_adapter(folder: str, model: nn.Module, dropout: float) -> Adapter:
     """Read `lora.init_from`.
 
     Args:
-        folder: holds `adapter_config.json` and `adapters.safetensors` (mlx-lm) or `adapter_model.safetensors` (PEFT).
-        model: the base model, without adapters.
-        dropout: of the recipe.
+        folder: Holds `adapter_config.json` and `adapters.safetensors` (mlx-lm) or `adapter_model.safetensors` (PEFT).
+        model: The base model, without adapters.
+        dropout: The recipe's probability of dropping an input.
 
     Raises:
-        ValueError: the folder is neither kind, or does not fit the model.
+        ValueError: The folder is neither kind, or does not fit the model.
     """
     path = Path(folder)
     if not (path / "adapter_config.json").is_file():
@@ -91,7 +91,7 @@ def load_into(model: nn.Module, adapter: Adapter) -> None:
     """Overwrite the adapters of `model` (attached with `adapter.spec`) by the stored values.
 
     Raises:
-        ValueError: tensors are missing, unexpected or of another shape; names all.
+        ValueError: Tensors are missing, unexpected or of another shape; names all.
     """
     own = {n: p for n, p in comm.named_arrays(model.parameters()) if is_adapter(n)}
     shapes = {name: list(value.shape) for name, value in adapter.tensors.items()}
@@ -106,9 +106,9 @@ def misfits(
     """What keeps stored tensors from being a model's, in words; empty where all fit.
 
     Args:
-        shapes: name to shape of what is stored.
-        expected: name to shape of what the model can take.
-        required: names without which the model would keep values that nobody trained.
+        shapes: Name to shape of what is stored.
+        expected: Name to shape of what the model can take.
+        required: Names without which the model would keep values that nobody trained.
     """
     lists = {
         "missing": sorted(set(required) - shapes.keys()),

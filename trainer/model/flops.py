@@ -61,8 +61,8 @@ class TokenFlops:
     """Operations of one token.
 
     Attributes:
-        forward: of the forward pass.
-        backward: of the backward pass.
+        forward: Operations of the forward pass.
+        backward: Operations of the backward pass.
     """
 
     forward: float
@@ -78,7 +78,7 @@ def peak_tflops(device_name: str | None = None) -> float | None:
     """What a device can do at most in 1e12 operations a second, or None when it is not in the tables.
 
     Args:
-        device_name: as MLX gives it, such as "Apple M2 Ultra" or "NVIDIA H100 80GB HBM3". Default: this machine's
+        device_name: The name that MLX gives, such as "Apple M2 Ultra" or "NVIDIA H100 80GB HBM3". Default: this machine's
             GPU, if MLX uses it.
     """
     if device_name is None:
@@ -95,11 +95,11 @@ def peak_tflops(device_name: str | None = None) -> float | None:
 
 
 def token_flops(model: nn.Module, context: int) -> TokenFlops:
-    """Operations of one token of ``model``, adapters and frozen weights as they are.
+    """Operations of one token of `model`, adapters and frozen weights as they are.
 
     Args:
-        model: an mlx-lm model, before parallel wrappers divide it.
-        context: length of the documents that tokens sit in; on average a token attends to half of it.
+        model: An mlx-lm model, before parallel wrappers divide it.
+        context: Length of the documents that tokens sit in; on average a token attends to half of it.
 
     A frozen matrix costs 2 D O forward and as much for the gradient of its input; a trained one another 2 D O for
     its own. LoRA adds 2 r (D + O) forward and twice that backward. Of E experts of which k are chosen, k count.
@@ -119,7 +119,7 @@ def token_flops(model: nn.Module, context: int) -> TokenFlops:
 
 
 def _layer_index(path: str) -> int:
-    """Number of the layer that ``path`` lies in; -1 for the input embedding, ``NO_LAYER`` for what comes after the
+    """Number of the layer that `path` lies in; -1 for the input embedding, `NO_LAYER` for what comes after the
     layers.
     """
     if "embed_tokens" in path:
@@ -129,7 +129,7 @@ def _layer_index(path: str) -> int:
 
 
 def _own_flops(path: str, module: nn.Module, model: nn.Module, context: int) -> TokenFlops:
-    """Operations that ``module`` itself does, its children not counted."""
+    """Operations that `module` itself does, its children not counted."""
     name = path.rsplit(".", 1)[-1]
     if isinstance(module, (nn.Embedding, nn.QuantizedEmbedding)):
         return _matrix(module, 1.0) if name == "embed_tokens" and _head_is_tied(model) else TokenFlops(0, 0)
@@ -209,7 +209,7 @@ def _at(model: nn.Module, path: str) -> nn.Module:
 
 
 def _above(path: str, model: nn.Module) -> list[nn.Module]:
-    """The modules that hold the one at ``path``, innermost first."""
+    """The modules that hold the one at `path`, innermost first."""
     parts = path.split(".")
     found = [_at(model, ".".join(parts[:n])) for n in range(len(parts) - 1, -1, -1)]
     return [module for module in found if isinstance(module, nn.Module)]

@@ -35,8 +35,8 @@ class BaseModel:
     """A model before anything is attached to it.
 
     Attributes:
-        model: lazy parameters, in the recipe's dtype and quantization.
-        config: what `config.json` says or would say, quantization included.
+        model: Lazy parameters, in the recipe's dtype and quantization.
+        config: What `config.json` says or would say, quantization included.
     """
 
     model: nn.Module
@@ -47,11 +47,11 @@ def open_tokenizer(config: ModelConfig, texts: Any) -> TokenizerWrapper:
     """The tokenizer of the recipe, in mlx-lm's wrapper.
 
     Args:
-        config: the recipe's `model:`.
-        texts: function that returns the training texts, for `tokenizer: bpe:SIZE`.
+        config: The recipe's `model:`.
+        texts: Function that returns the training texts, for `tokenizer: bpe:SIZE`.
 
     Raises:
-        ValueError: the files are missing or unreadable.
+        ValueError: The files are missing or unreadable.
     """
     source = config.tokenizer or config.path
     assert source is not None, "a checked recipe has one of them"
@@ -74,12 +74,12 @@ def open_model(config: ModelConfig, vocab_size: int, seed: int) -> BaseModel:
     """Read (lazily) or initialise the base model, in the recipe's dtype and quantization.
 
     Args:
-        config: the recipe's `model:`.
-        vocab_size: of the tokenizer; a random start without `vocab_size` in its config takes it.
-        seed: decides the values of a random start.
+        config: The recipe's `model:`.
+        vocab_size: The tokenizer's size; a random start without `vocab_size` in its config takes it.
+        seed: Decides the values of a random start.
 
     Raises:
-        ValueError: no such model, an unknown architecture, or a vocabulary smaller than the tokenizer's.
+        ValueError: No such model, an unknown architecture, or a vocabulary smaller than the tokenizer's.
     """
     if config.config is not None:
         base = _random_model(dict(config.config), vocab_size, seed)

@@ -28,10 +28,10 @@ class LoRASpec:
     """Which modules get adapters, and their shape.
 
     Attributes:
-        paths: module paths in the model, in model order.
-        rank: inner dimension of the update.
-        scale: factor on the update, alpha / rank.
-        dropout: probability of dropping an input of `lora_a` in training.
+        paths: Module paths in the model, in model order.
+        rank: Inner dimension of the update.
+        scale: Factor on the update, alpha / rank.
+        dropout: Probability of dropping an input of `lora_a` in training.
         method: "lora" | "dora".
     """
 
@@ -53,9 +53,9 @@ class RowDropout(nn.Module):
     """Dropout whose mask for row b of the batch is drawn from that row's key and this layer's name.
 
     Args:
-        p: probability of dropping.
-        keys: holder of the batch's keys; set before each forward pass.
-        name: the layer's path; different layers draw different masks.
+        p: Probability of dropping.
+        keys: Holder of the batch's keys; set before each forward pass.
+        name: The layer's path; different layers draw different masks.
     """
 
     def __init__(self, p: float, keys: DropoutKeys, name: str):
@@ -85,10 +85,10 @@ def attach(model: nn.Module, spec: LoRASpec, keys: DropoutKeys, seed: int) -> No
     """Replace the modules named in `spec` by LoRA or DoRA layers around them.
 
     Args:
-        model: an mlx-lm model; its base parameters should be frozen already.
-        spec: modules, rank, scale, dropout.
-        keys: where the dropout layers find the keys of the batch in flight.
-        seed: initial values depend on it and on the module's path only, so any part of a model gets the same.
+        model: An mlx-lm model; its base parameters should be frozen already.
+        spec: Modules, rank, scale, dropout.
+        keys: Where the dropout layers find the keys of the batch in flight.
+        seed: Initial values depend on it and on the module's path only, so any part of a model gets the same.
     """
     modules = dict(model.named_modules())
     layers = []
@@ -106,14 +106,14 @@ def find_targets(model: nn.Module, targets: str | list[str], num_layers: str | i
     """Paths of the modules that `lora.targets` means.
 
     Args:
-        model: an mlx-lm model without adapters.
+        model: An mlx-lm model without adapters.
         targets: "all-linear" (every linear inside the layers, experts included, routers not) or names: a
             module's last name ("q_proj") or any longer ending of its path ("self_attn.q_proj", "lm_head").
         num_layers: "all", or how many of the last layers get adapters.
         method: "lora" | "dora"; DoRA leaves experts out of "all-linear" (mlx-lm cannot load it there).
 
     Raises:
-        ValueError: a name that matches nothing, or nothing that can be adapted.
+        ValueError: A name that matches nothing, or nothing that can be adapted.
     """
     total = len(model.layers)
     first = 0 if num_layers == "all" else max(0, total - int(num_layers))

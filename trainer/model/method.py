@@ -16,7 +16,7 @@ def prepare_model(recipe: Recipe, base: BaseModel, keys: DropoutKeys) -> LoRASpe
     """Layers made for training, and the recipe's parameters trainable; returns the adapters' spec, if any.
 
     Raises:
-        ValueError: as `prepare_method`.
+        ValueError: See `prepare_method`.
     """
     prepare_for_training(base.model)
     spec = prepare_method(recipe, base, keys)
@@ -35,7 +35,7 @@ def prepare_method(recipe: Recipe, base: BaseModel, keys: DropoutKeys) -> LoRASp
     """Make the recipe's parameters trainable and all others frozen; returns the adapters' spec, if any.
 
     Raises:
-        ValueError: nothing would be trainable, or the adapters do not fit the model.
+        ValueError: Nothing would be trainable, or the adapters do not fit the model.
     """
     model = base.model
     if recipe.method == "full":

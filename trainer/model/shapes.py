@@ -44,11 +44,11 @@ class PlannedModel:
     """A recipe's model, ready to be counted and traced.
 
     Attributes:
-        model: with adapters and frozen parameters as in a run; its arrays are lazy and must stay so.
-        keys: of its dropout.
-        is_packed: whether rows are packed.
-        text_config: the part of the config that describes the language model.
-        notices: what was assumed.
+        model: The model with adapters and frozen parameters as in a run; its arrays are lazy and must stay so.
+        keys: The holder of its dropout keys.
+        is_packed: Whether rows are packed.
+        text_config: The part of the config that describes the language model.
+        notices: What was assumed.
     """
 
     model: nn.Module
@@ -62,7 +62,7 @@ def planned_model(recipe: Recipe) -> PlannedModel:
     """The model of a recipe, from its config alone.
 
     Raises:
-        ValueError: the config cannot be read or does not describe a model, or the method does not fit it.
+        ValueError: The config cannot be read or does not describe a model, or the method does not fit it.
     """
     require_paths(recipe, ("model.path", "lora"))
     config = described(recipe.model)
@@ -91,7 +91,7 @@ def check_mesh(recipe: Recipe, mesh: MeshShape) -> None:
     """Refuse a mesh that the model of a recipe cannot be divided over, from its config.
 
     Raises:
-        ValueError: heads or dimensions that tp does not divide, more stages than layers, an architecture that
+        ValueError: Heads or dimensions that tp does not divide, more stages than layers, an architecture that
             cannot be divided or cut; or as `planned_model`.
     """
     model = planned_model(recipe).model

@@ -20,10 +20,10 @@ class Share:
     """How one data-parallel rank takes part in a global batch.
 
     Attributes:
-        rank: index among the data-parallel ranks.
-        size: number of data-parallel ranks.
-        micro_batch_size: rows of one micro-batch.
-        accumulation: micro-batches per step.
+        rank: Index among the data-parallel ranks.
+        size: Number of data-parallel ranks.
+        micro_batch_size: Rows of one micro-batch.
+        accumulation: Micro-batches per step.
     """
 
     rank: int
@@ -47,12 +47,12 @@ class StepData:
     """One step's input on this rank.
 
     Attributes:
-        epoch: number of the pass over the rows, from 0.
-        position: index of the global batch inside the epoch.
-        num_tokens: real (non-padding) tokens of the global batch, all ranks.
-        num_slots: token slots of the global batch, padding included.
-        num_rows: rows (documents) of the global batch.
-        micro_batches: arrays of this rank's micro-batches, and `max_targets`, the most targets of one of this shape.
+        epoch: Number of the pass over the rows, from 0.
+        position: Index of the global batch inside the epoch.
+        num_tokens: Real (non-padding) tokens of the global batch, all ranks.
+        num_slots: Token slots of the global batch, padding included.
+        num_rows: Rows (documents) of the global batch.
+        micro_batches: Arrays of this rank's micro-batches, and `max_targets`, the most targets of one of this shape.
     """
 
     epoch: int
@@ -72,11 +72,11 @@ class TrainingBatches:
     """The sequence of steps of a run.
 
     Args:
-        rows: tokenised training rows.
+        rows: Tokenised training rows.
         planner: `planner(epoch) -> list[PlannedBatch]`, pure.
-        share: this rank's part of each global batch.
-        seed: decides the dropout keys.
-        pad_id: token that fills rows up.
+        share: This rank's part of each global batch.
+        seed: Decides the dropout keys.
+        pad_id: Token that fills rows up.
     """
 
     def __init__(self, rows: TokenizedRows, planner: Any, share: Share, seed: int, pad_id: int):

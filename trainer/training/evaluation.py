@@ -16,15 +16,15 @@ class Evaluator:
     """Measures a model on one split.
 
     Args:
-        model: the (wrapped) model.
-        tokenizer: the model's.
-        loss: the training loss.
-        rows: the split.
-        config: the recipe's `eval:`.
-        plan: every batch of the split, `share.global_batch_size` lines each.
-        share: this rank's part of a batch, without accumulation.
-        group: the ranks that answer different rows.
-        pad_id: token that fills rows up.
+        model: The (wrapped) model.
+        tokenizer: The model's.
+        loss: The training loss.
+        rows: The split.
+        config: The recipe's `eval:`.
+        plan: Every batch of the split, `share.global_batch_size` lines each.
+        share: This rank's part of a batch, without accumulation.
+        group: The ranks that answer different rows.
+        pad_id: Token that fills rows up.
     """
 
     def __init__(

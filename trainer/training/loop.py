@@ -61,13 +61,13 @@ class Hooks:
     """What the loop calls; every rank calls the same ones at the same steps.
 
     Attributes:
-        log: gets a row of metrics.
-        evaluate: validates at a step; returns the metrics, or an empty dict where there is nothing to validate.
-        save: writes a checkpoint.
-        before_step: gets the number of the coming update; returns whether to measure it in phases.
-        after_step: gets the number of an update, and the spans of its phases.
-        stop_signal: number of the signal that asked this rank to stop, or 0.
-        checkpoint_wanted: whether this rank was asked for a checkpoint.
+        log: Gets a row of metrics.
+        evaluate: Validates at a step; returns the metrics, or an empty dict where there is nothing to validate.
+        save: Writes a checkpoint.
+        before_step: Gets the number of the coming update; returns whether to measure it in phases.
+        after_step: Gets the number of an update, and the spans of its phases.
+        stop_signal: Number of the signal that asked this rank to stop, or 0.
+        checkpoint_wanted: Whether this rank was asked for a checkpoint.
     """
 
     log: Callable[[dict[str, float]], None]
@@ -84,19 +84,19 @@ class Loop:
     """One run.
 
     Attributes:
-        model: the (wrapped) model in training mode.
-        step_fn: from `parallel.value_and_grad`.
-        optimizer: updates the model.
-        batches: this rank's inputs.
-        total_steps: length of the run.
+        model: The (wrapped) model in training mode.
+        step_fn: The step that `parallel.value_and_grad` has built.
+        optimizer: Updates the model.
+        batches: This rank's inputs.
+        total_steps: Length of the run.
         rate: `rate(step)`, the learning rate of update number `step` (from 0).
-        max_grad_norm: bound on the global gradient norm, or None.
-        world: all ranks.
-        due, hooks: what happens when.
-        throughput: counts tokens and time between rows of metrics.
-        rules: what ends the run before its last step.
-        last_step: metrics of the latest step alone.
-        usual_compute: seconds for loss and gradients of each step since the last row that ran undisturbed.
+        max_grad_norm: Bound on the global gradient norm, or None.
+        world: All ranks.
+        due, hooks: What happens when.
+        throughput: Counts tokens and time between rows of metrics.
+        rules: What ends the run before its last step.
+        last_step: Metrics of the latest step alone.
+        usual_compute: Seconds for loss and gradients of each step since the last row that ran undisturbed.
     """
 
     model: nn.Module

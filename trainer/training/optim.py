@@ -34,7 +34,7 @@ class Optimizer:
 
     Args:
         params: `model.trainable_parameters()`.
-        config: has `name`, `lr`, `betas`, `eps`, `weight_decay`, `bias_correction`, `master_weights`.
+        config: Has `name`, `lr`, `betas`, `eps`, `weight_decay`, `bias_correction`, `master_weights`.
 
     Muon (Jordan et al., 2024) updates the matrices inside the layers; embeddings, heads and vectors take AdamW.
     """
@@ -52,9 +52,9 @@ class Optimizer:
         """Apply one update to `model`.
 
         Args:
-            model: holds the parameters that `grads` names.
-            grads: gradient tree of `model.trainable_parameters()`, any float dtype.
-            learning_rate: the rate of this update.
+            model: Holds the parameters that `grads` names.
+            grads: Gradient tree of `model.trainable_parameters()`, any float dtype.
+            learning_rate: The rate of this update.
         """
         flat_grads = dict(tree_flatten(grads))
         params = dict(tree_flatten(model.trainable_parameters()))
@@ -77,11 +77,11 @@ class Optimizer:
         """Restore what `tensors()` gave.
 
         Args:
-            tensors: the arrays by the names of `tensors()`.
-            num_updates: updates applied so far (bias correction depends on it).
+            tensors: The arrays by the names of `tensors()`.
+            num_updates: Updates applied so far (bias correction depends on it).
 
         Raises:
-            ValueError: a tensor is missing.
+            ValueError: A tensor is missing.
         """
         missing = [name for name, _ in self.tensors() if name not in tensors]
         if missing:
@@ -124,10 +124,10 @@ def learning_rate(step: int, total_steps: int, lr: float, schedule: Any) -> floa
     """The rate of update number `step` (from 0), as Hugging Face's schedules of the same names give it.
 
     Args:
-        step: updates done before this one.
-        total_steps: length of the run.
-        lr: peak rate.
-        schedule: has `name` ("constant" | "linear" | "cosine"), `warmup_steps`, `min_lr_ratio`.
+        step: Updates done before this one.
+        total_steps: Length of the run.
+        lr: Peak rate.
+        schedule: Has `name` ("constant" | "linear" | "cosine"), `warmup_steps`, `min_lr_ratio`.
     """
     if step < schedule.warmup_steps:
         return lr * step / schedule.warmup_steps

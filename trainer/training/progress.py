@@ -15,14 +15,14 @@ class Progress:
     """How far a run is; saved with every checkpoint.
 
     Attributes:
-        step: optimizer updates done, skipped ones included.
-        run: which of the runs in the output folder this is, counted from 1; 0 = written before runs were counted.
-        num_tokens: real tokens seen.
-        skipped_steps: updates left out because loss or gradient norm was not finite.
-        window_loss, window_tokens: sum of the loss and its weight since the last row of metrics.
-        best_loss, best_step: lowest validation loss, and the step that has it.
-        bad_evals: validations since then.
-        high_rows: rows of metrics in a row whose loss is above the watchdog's bound.
+        step: Optimizer updates done, skipped ones included.
+        run: The number of this run in the output folder, counted from 1; 0 = written before runs were counted.
+        num_tokens: Real tokens seen.
+        skipped_steps: Updates left out because loss or gradient norm was not finite.
+        window_loss, window_tokens: Sum of the loss and its weight since the last row of metrics.
+        best_loss, best_step: Lowest validation loss, and the step that has it.
+        bad_evals: Validations since then.
+        high_rows: Rows of metrics in a row whose loss is above the watchdog's bound.
     """
 
     step: int = 0
@@ -58,8 +58,8 @@ class StopRules:
     """When a run ends before its last step.
 
     Attributes:
-        patience: validations without a better loss, or None. Only with it the best checkpoint is kept.
-        highest_loss: the run is given up when the training loss of `WATCHDOG_ROWS` rows of metrics, one after
+        patience: Validations without a better loss, or None. Only with it the best checkpoint is kept.
+        highest_loss: The run is given up when the training loss of `WATCHDOG_ROWS` rows of metrics, one after
             the other, is above this, or not finite; None = never.
     """
 

@@ -58,8 +58,8 @@ class CheckpointTrigger:
     """A file that asks for a checkpoint: `touch OUTPUT_DIR/checkpoint.now`. It is removed when the checkpoint stands.
 
     Args:
-        output_dir: the run's folder; None on ranks without one, which are never asked.
-        notice: gets one line when the file cannot be removed; it is no longer looked for then.
+        output_dir: The run's folder; None on ranks without one, which are never asked.
+        notice: Gets one line when the file cannot be removed; it is no longer looked for then.
     """
 
     def __init__(self, output_dir: Path | None, notice: Callable[[str], None]):
