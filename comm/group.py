@@ -96,7 +96,10 @@ class Group:
         return f"Group(rank={self.rank}, size={self.size}, backend={self.backend!r})"
 
     def all_sum(self, x: mx.array) -> mx.array:
-        """Sum of `x` over the ranks, on every rank; the logical or for bool.
+        """Sum of `x` (...) over the ranks (...), on every rank; the logical or for bool.
+
+        >>> group.all_sum(mx.array([group.rank, 1])).tolist()  # two ranks
+        [1, 2]
 
         Backward: the cotangent unchanged (right when all ranks compute the same loss from it;
         see `sum_over_group` and `copy_to_group`).
@@ -104,20 +107,30 @@ class Group:
         return self._reduce("all_sum", x)
 
     def all_max(self, x: mx.array) -> mx.array:
-        """Largest value over the ranks, element by element.
+        """Largest value of `x` (...) over the ranks (...), element by element.
+
+        >>> group.all_max(mx.array([group.rank, 1])).tolist()  # two ranks
+        [1, 1]
 
         Backward: the cotangent goes to the ranks that hold the largest value, in equal parts.
         """
         return self._extreme("all_max", x)
 
     def all_min(self, x: mx.array) -> mx.array:
-        """Smallest value over the ranks, element by element. Backward: as `all_max`."""
+        """Smallest value of `x` (...) over the ranks (...), element by element. Backward: as `all_max`.
+
+        >>> group.all_min(mx.array([group.rank, 1])).tolist()  # two ranks
+        [0, 1]
+        """
         return self._extreme("all_min", x)
 
     def all_gather(self, x: mx.array, axis: int = 0) -> mx.array:
-        """The ranks' `x` (equal shapes), concatenated along `axis` in rank order.
+        """The ranks' `x` (N, ...) of equal shapes, concatenated along `axis` in rank order: (size * N, ...).
 
-        Scalars give a vector. Backward: this rank's slice of its own cotangent.
+        >>> group.all_gather(mx.array([[group.rank, 5]])).tolist()  # two ranks
+        [[0, 5], [1, 5]]
+
+        Scalars give a vector (size,). Backward: this rank's slice of its own cotangent.
         """
         if self.size == 1:
             return x if x.ndim else x[None]
@@ -132,7 +145,10 @@ class Group:
         return self._leave(gathered.astype(x.dtype))
 
     def reduce_scatter(self, x: mx.array, axis: int = 0) -> mx.array:
-        """This rank's part, along `axis`, of the sum of `x` over the ranks.
+        """This rank's part, along `axis`, of the sum of `x` (N, ...) over the ranks: (N / size, ...).
+
+        >>> group.reduce_scatter(mx.array([1, 2, 3, 4])).tolist()  # rank 0 of two; rank 1 gets [6, 8]
+        [2, 4]
 
         Backward: the ranks' cotangents gathered along `axis`.
 
@@ -159,7 +175,10 @@ class Group:
         return scatter(x)
 
     def broadcast(self, x: mx.array, root: int = 0) -> mx.array:
-        """The root's `x` on every rank, bit by bit; the others give the shape and dtype.
+        """The root's `x` (...) on every rank, bit by bit; the others give the shape and dtype.
+
+        >>> group.broadcast(mx.array([group.rank + 7])).tolist()  # two ranks
+        [7]
 
         Backward: none (the gradient is zero).
         """
@@ -176,7 +195,9 @@ class Group:
         return self._leave(total.view(x.dtype).reshape(x.shape))
 
     def send(self, x: mx.array, dst: int) -> mx.array:
-        """Sends `x` to rank `dst`. Evaluate the result: an unused send never leaves.
+        """Sends `x` (...) to rank `dst`; the result is `x`. Evaluate it: an unused send never leaves.
+
+        >>> mx.eval(group.send(mx.array([3]), 1) if group.rank == 0 else group.recv((1,), mx.int32, 0))
 
         Backward: none; see `send_forward`.
 
@@ -188,7 +209,7 @@ class Group:
         return self._engine.send(x, dst, group=self._native, stream=self.stream)
 
     def recv(self, shape: tuple[int, ...], dtype: mx.Dtype, src: int) -> mx.array:
-        """The array that rank `src` sends; shape and dtype must be the sender's.
+        """The array (shape) that rank `src` sends; shape and dtype must be the sender's. For an example see `send`.
 
         Backward: none; see `recv_forward`.
 
@@ -211,6 +232,9 @@ class Group:
 
     def split(self, color: int, key: int = -1) -> "Group":
         """The group of the ranks that pass the same `color`, ordered by `key`, then by rank.
+
+        >>> group.split(group.rank % 2).size  # four ranks: 0 with 2, and 1 with 3
+        2
 
         A collective of this group; where MLX cannot split (ring, JACCL), of the whole world.
 

@@ -2,8 +2,7 @@
 
 Losses and gradients are summed locally over micro-batches, summed over the data-parallel ranks, and divided
 once by the weight (for a language model the number of target tokens) of all of them. So the result does not depend on
-how a batch is cut into
-ranks and micro-batches, also when they hold different numbers of target tokens.
+how a batch is cut into ranks and micro-batches, also when they hold different numbers of target tokens.
 """
 
 import time
