@@ -18,7 +18,7 @@ import numpy as np
 from .encode import plain_tokenizer
 from .rows import TokenStore
 
-LAYOUT = 2  # part of every key: raise it when rows are tokenised or stored differently
+LAYOUT = 3  # part of every key: raise it when rows are tokenised or stored differently
 
 
 def cache_folder(cache_dir: str | Path | None) -> Path:

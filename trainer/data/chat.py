@@ -9,9 +9,11 @@ A turn runs from the end of the generation prompt to its end-of-turn token. Wher
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 PROBES = [chr(code) for code in range(0xE000, 0xF900)]  # private use: in no chat, and not white space to a template
@@ -19,6 +21,7 @@ PROBES = [chr(code) for code in range(0xE000, 0xF900)]  # private use: in no cha
 # What one chat may take: real ones take milliseconds and thousands of characters.
 MAX_SECONDS = 10.0
 MAX_CHARACTERS = 1 << 24
+MAX_BYTES = 1 << 32
 
 
 class ChatTemplateError(ValueError):
@@ -39,8 +42,10 @@ def render_chat(tokenizer: Any, messages: list[dict], tools: list | None, genera
     if getattr(tokenizer, "chat_template", None) is None and not getattr(tokenizer, "has_chat_template", False):
         raise ChatTemplateError("the tokenizer has no chat template")
     try:
-        with _time_limit(MAX_SECONDS):
+        with _time_limit(MAX_SECONDS), _memory_limit(MAX_BYTES):
             text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=generate)
+    except MemoryError as error:
+        raise ChatTemplateError(f"the chat template takes more than {MAX_BYTES >> 30} GiB of memory for it") from error
     except Exception as error:  # a template is somebody else's program, and may fail in any way
         reason = str(error) or type(error).__name__
         raise ChatTemplateError(f"the chat template refuses it: {reason}") from error
@@ -49,31 +54,40 @@ def render_chat(tokenizer: Any, messages: list[dict], tools: list | None, genera
     return text
 
 
-def require_tool_calls(tokenizer: Any, messages: list[dict], tools: list | None) -> None:
-    """Refuse a chat whose tool calls the template leaves out: the model would learn to answer without them.
+def require_tools(tokenizer: Any, messages: list[dict], tools: list | None) -> None:
+    """Refuse a chat whose tools or tool calls the template leaves out: the model would learn to answer without them.
 
     Raises:
-        ChatTemplateError: The template leaves out a tool call; the text names the message.
+        ChatTemplateError: The template leaves out the tools, or a tool call; the text names the message.
     """
+    if tools and (marked_tools := _marked(tools)) != tools and not _writes(tokenizer, messages, marked_tools):
+        raise ChatTemplateError(
+            "the chat template leaves out the row's tools; take a tokenizer whose template writes them, or leave such "
+            "rows out"
+        )
     for position, message in enumerate(messages):
         if not message.get("tool_calls"):
             continue
         marked = [*messages[:position], message | {"tool_calls": _marked(message["tool_calls"])}, *messages[position + 1 :]]
         if marked[position] == message:
             continue  # not calls as templates know them
-        try:
-            text = render_chat(tokenizer, marked, tools)
-        except ChatTemplateError:
-            continue  # it looks into the calls
-        if PROBES[0] not in text:
+        if not _writes(tokenizer, marked, tools):
             raise ChatTemplateError(
                 f"the chat template leaves out the tool calls of message {position}; take a tokenizer whose template "
                 "writes them, or leave such rows out"
             )
 
 
+def _writes(tokenizer: Any, messages: list[dict], tools: list | None) -> bool:
+    """Whether the probe in a chat stands in its text; taken for granted where the template looks into what is probed."""
+    try:
+        return PROBES[0] in render_chat(tokenizer, messages, tools)
+    except ChatTemplateError:
+        return True
+
+
 def _marked(calls: Any) -> Any:
-    """Tool calls with the probe in their functions' names."""
+    """Tools or tool calls with the probe in their functions' names."""
     if isinstance(calls, Mapping):
         return {key: PROBES[0] if key == "name" else _marked(value) for key, value in calls.items()}
     return [_marked(call) for call in calls] if isinstance(calls, list) else calls
@@ -96,6 +110,24 @@ def _time_limit(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+@contextmanager
+def _memory_limit(num_bytes: int) -> Iterator[None]:
+    """Raise MemoryError where the block takes so much more than there is; on Linux, as macOS keeps to no such limit."""
+    if sys.platform != "linux":
+        yield
+        return
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    own = [limit for limit in (in_use + num_bytes, *before) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min(own), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def assistant_turns(

@@ -11,7 +11,7 @@ from typing import Any
 
 from trainer.nearest import nearest
 
-from .chat import ChatTemplateError, assistant_turns, render_chat, require_tool_calls
+from .chat import ChatTemplateError, assistant_turns, render_chat, require_tools
 
 FORMATS = {
     "chat": ("messages",),
@@ -159,7 +159,7 @@ def _render_chat(
     messages = [_without_none(message) | {"content": message.get("content")} for message in messages]
     try:
         text = render_chat(tokenizer, messages, tools)
-        require_tool_calls(tokenizer, messages, tools)
+        require_tools(tokenizer, messages, tools)
     except ChatTemplateError as error:
         raise BadRow(str(error)) from error
     try:

@@ -18,7 +18,7 @@ from mlx_lm.tuner.lora import LoRASwitchLinear
 
 import comm
 from comm import MeshShape
-from parallel import hidden_and_head
+from parallel import hidden_and_head, slots_of, swapped
 from parallel.pipeline import check_stages, even_split, memory_split
 from trainer.memory.liveness import Buffer, Lifetimes, lifetimes
 from trainer.memory.placement import Part, Placement
@@ -291,14 +291,14 @@ def _trace_model(model: nn.Module, function: Callable, arguments: list[mx.array]
     parameters = comm.named_arrays(model.parameters())
     names = [name for name, _ in parameters]
 
-    def traced(*arrays: mx.array) -> list[mx.array]:
-        model.update(tree_unflatten(list(zip(names, arrays[: len(names)]))))
-        return function(model, *arrays[len(names) :])
+    slots = slots_of(model, names)
 
-    try:
-        with _experts_frozen(model):
-            graph = trace(traced, [*(p for _, p in parameters), *arguments])
-    finally:
-        model.update(tree_unflatten(parameters))
+    def traced(*arrays: mx.array) -> list[mx.array]:
+        # What differentiating it leaves in the model is part of the trace too.
+        with swapped(slots, arrays[: len(names)]):
+            return function(model, *arrays[len(names) :])
+
+    with _experts_frozen(model):
+        graph = trace(traced, [*(p for _, p in parameters), *arguments])
     given_up = dict(zip(graph.inputs[len(names) :], (a.nbytes for a in arguments)))
     return lifetimes(graph, given_up)

@@ -76,6 +76,7 @@ def read_adapter(folder: str, model: nn.Module, dropout: float) -> Adapter:
     modules = dict(model.named_modules())
     if (path / "adapters.safetensors").is_file():
         adapter = _from_mlx_lm(folder, config, read_tensor_file(path / "adapters.safetensors"), dropout)
+        _require_all_modules(folder, config, adapter, model)
     elif (path / "adapter_model.safetensors").is_file():
         stored = read_tensor_file(path / "adapter_model.safetensors")
         adapter = _from_peft(folder, config, stored, modules, dropout)
@@ -138,6 +139,24 @@ def _from_mlx_lm(folder: str, config: dict[str, Any], tensors: dict[str, mx.arra
     paths = tuple(sorted({name.rsplit(".", 1)[0] for name in tensors if is_adapter(name)}))
     spec = LoRASpec(paths, rank, scale, dropout, config.get("fine_tune_type", "lora"))
     return Adapter(spec, tensors)
+
+
+def _require_all_modules(folder: str, config: dict[str, Any], adapter: Adapter, model: nn.Module) -> None:
+    """Refuse mlx-lm's adapters without a module that their config names: it would silently stay the base model's.
+
+    mlx-lm's `linear_to_lora_layers` adapts the modules of `lora_parameters.keys` in the last `num_layers` layers.
+    """
+    keys, num_layers = config["lora_parameters"].get("keys"), config.get("num_layers")
+    if not isinstance(keys, list) or not isinstance(num_layers, int) or isinstance(num_layers, bool):
+        return
+    layers = model.layers[-num_layers:] if num_layers > 0 else model.layers
+    paths = {id(module): path for path, module in model.named_modules()}
+    expected = {f"{paths[id(layer)]}.{key}" for layer in layers for key, _ in layer.named_modules() if key in keys}
+    if missing := sorted(expected - set(adapter.spec.paths)):
+        raise ValueError(
+            f"lora.init_from={folder!r}: adapters.safetensors has no tensors for {missing[0]} ({len(missing)} of "
+            f"{len(expected)} modules of its adapter_config.json are missing)."
+        )
 
 
 def _from_peft(

@@ -185,3 +185,15 @@ def test_misfits_in_words() -> None:
         "missing: c; unexpected: d; of another shape: b (3,) (the model needs (4,))"
     )
     assert misfits({"a": [2]}, {"a": (2,), "e": [6]}, ["a"]) == ""
+
+
+def test_a_module_of_the_config_without_tensors_is_named(tmp_path: Path) -> None:
+    """Catches a torn adapter of mlx-lm: a module without tensors would silently stay the base model's."""
+    named = {"lora_parameters": MLX_LM["lora_parameters"] | {"keys": ["mlp.up_proj"]}}
+    folder = folder_of(tmp_path, named | {"num_layers": 2}, mlx_lm=mlx_lm_tensors())
+    with pytest.raises(ValueError, match=r"no tensors for model\.layers\.0\.mlp\.up_proj \(1 of 2 modules"):
+        read_adapter(folder, make("llama"), 0.0)
+    with pytest.raises(ValueError, match=r"no tensors for model\.layers\.0"):
+        read_adapter(folder_of(tmp_path, named | {"num_layers": -1}, mlx_lm=mlx_lm_tensors()), make("llama"), 0.0)
+    for config in (named | {"num_layers": 1}, named, MLX_LM | {"num_layers": 2}):
+        assert read_adapter(folder_of(tmp_path, config, mlx_lm=mlx_lm_tensors()), make("llama"), 0.0).spec.paths == (UP,)

@@ -58,14 +58,14 @@ def with_config(**values: Any) -> Callable[[Path], None]:
     return change
 
 
-def with_template(template: str) -> Callable[[Path], None]:
-    """Chat rows, the second of them with a tool call, and a tokenizer with this chat template."""
+def with_template(template: str, **columns: Any) -> Callable[[Path], None]:
+    """Chat rows with these further columns, the second with a tool call, and a tokenizer with this chat template."""
 
     def change(folder: Path) -> None:
         (folder / "model" / "chat_template.jinja").unlink(missing_ok=True)
         file = folder / "model" / "tokenizer_config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": template}))
-        (folder / "rows.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in CHATS))
+        (folder / "rows.jsonl").write_text("".join(json.dumps({"messages": chat} | columns) + "\n" for chat in CHATS))
 
     return change
 
@@ -79,6 +79,7 @@ def of_type(name: str) -> Callable[[Path], None]:
 
 
 CALL = {"type": "function", "function": {"name": "find", "arguments": {"what": "a"}}}
+TOOL = {"type": "function", "function": {"name": "find", "description": "find it", "parameters": {"type": "object"}}}
 CHATS = [
     [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
     [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": [CALL]}],
@@ -105,6 +106,8 @@ BROKEN = {
     "template without end": (with_template(LOOP), "rows.jsonl:1.*it took more than"),
     "template builds too much": (with_template("{{ 'a' * 30000000 }}"), "makes 30,000,000 characters"),
     "template drops tool calls": (with_template(PLAIN), "rows.jsonl:2.*leaves out the tool calls of message 1"),
+    "template takes gigabytes": (with_template("{{ ('a' * 99999999999) | length }}"), "rows.jsonl:1.*more than 4 GiB of memory"),
+    "template drops tools": (with_template(PLAIN, tools=[TOOL]), "rows.jsonl:1.*leaves out the row's tools"),
     "no folder": (lambda folder: shutil.rmtree(folder / "model"), "model.path = .*: there is no such file or folder"),
     "no config": (without("config.json"), "has no config.json"),
     "config torn": (with_file("model/config.json", TORN), "config.json is not JSON"),
