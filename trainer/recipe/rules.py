@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from operator import attrgetter
 
-from comm import MeshShape
+from comm.mesh_shape import MeshShape  # its own file, also where another `comm` has replaced our front
 from trainer.recipe.config import ParallelConfig, Recipe
 from trainer.recipe.paths import named_paths
 from trainer.recipe.problems import Problem, RecipeError, listing, show

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from comm import MeshShape
+from comm.mesh_shape import MeshShape
 from trainer.recipe.config import Recipe
 from trainer.recipe.load import load_recipe, to_yaml
 from trainer.recipe.paths import is_local, missing_paths, named_paths
