@@ -64,7 +64,7 @@ def train_language_model(path: str, group) -> tuple[list[float], str]:
     step = value_and_grad(model, token_loss)
     losses = []
     for _ in range(10):
-        loss, grads, num_tokens = step([batch])
+        loss, grads, weight = step([batch])
         optimizer.update(model, grads)
         mx.eval(loss, model.parameters(), optimizer.state)
         losses.append(loss.item())
