@@ -100,7 +100,7 @@ def _add_launch(verbs: Any) -> None:
     launch.add_argument("-n", type=_positive, dest="num_ranks", help="ranks per host (default 1)")
     launch.add_argument("--hosts", help="host names for ssh, separated by commas")
     launch.add_argument("--hostfile", help="hosts as mlx.distributed_config writes them")
-    launch.add_argument("--backend", choices=BACKENDS, help="default: the hostfile's, else ring")
+    launch.add_argument("--backend", choices=BACKENDS, help="default: the hostfile's, else nccl where each rank gets a GPU of this host, else ring")
     launch.add_argument("--max-restarts", type=_not_negative, default=0, help="restarts after a failure (default 0)")
     launch.add_argument(
         "--timeout", type=_seconds, default=300.0, help="seconds a rank may be missing (default 300)"

@@ -22,6 +22,7 @@ class Capabilities:
         point_to_point: Which pairs `send` and `recv` reach.
         device: The device whose streams the collectives run on.
         shared_stream: All groups of the process must use one stream (MPI is single-threaded).
+        default_stream: The collectives run on the device's default stream, in order with what computes their inputs.
         max_ranks: Largest group, or None.
         spoils_first_message: The first message after connecting can arrive damaged, so one is spent.
         widen: Types that a reduction must not get, and the type that carries their values.
@@ -34,6 +35,7 @@ class Capabilities:
     point_to_point: Literal["any", "neighbours", "none"]
     device: Literal["cpu", "gpu"]
     shared_stream: bool = False
+    default_stream: bool = False
     max_ranks: int | None = None
     spoils_first_message: bool = False
     widen: Mapping[str, str] = field(default_factory=dict)
@@ -66,7 +68,7 @@ CAPABILITIES: Mapping[str, Capabilities] = MappingProxyType(
             variables=("OMPI_COMM_WORLD_SIZE|PMI_SIZE|PMIX_RANK",),
         ),
         "nccl": Capabilities(
-            "nccl", True, True, "none", "gpu",
+            "nccl", True, True, "none", "gpu", default_stream=True,
             widen={"bool": "int32", "int16": "int32", "uint16": "uint32"},
             variables=("MLX_RANK", "MLX_WORLD_SIZE", "NCCL_HOST_IP", "NCCL_PORT"),
         ),

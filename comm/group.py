@@ -85,7 +85,8 @@ class Group:
     def stream(self) -> mx.Stream:
         """The stream that all of this group's operations run on."""
         if self._stream is None:
-            self._stream = mx.new_stream(mx.Device(getattr(mx, self.capabilities.device), 0))
+            device = mx.Device(getattr(mx, self.capabilities.device), 0)
+            self._stream = mx.default_stream(device) if self.capabilities.default_stream else mx.new_stream(device)
             self._connect()
         return self._stream
 

@@ -80,8 +80,9 @@ def check_hosts(hosts: HostList) -> list[str]:
     if hosts.backend and hosts.backend not in CAPABILITIES:
         allowed = ", ".join(CAPABILITIES)
         problems.append(f"backend is {hosts.backend!r}; allowed are {allowed}.")
-    counts = Counter(host.ssh for host in hosts.hosts if not host.is_local)
-    problems += [f"{name} is named {n} times." for name, n in counts.items() if n > 1]
+    if hosts.backend.startswith("jaccl"):  # one rank for a device; elsewhere a host may have several ranks
+        counts = Counter(host.ssh for host in hosts.hosts if not host.is_local)
+        problems += [f"{name} is named {n} times." for name, n in counts.items() if n > 1]
     for rank, host in enumerate(hosts.hosts):
         if not _is_host_name(host.ssh):
             problems.append(f"rank {rank}: {host.ssh!r} is no host name.")

@@ -13,8 +13,9 @@ from comm import backend
 from comm.__main__ import main as command_line
 from comm.capabilities import missing_variables
 from comm.environment import ring_hosts
+from comm.launcher import cuda, job
 from comm.launcher.hostfile import Host, HostList, read_hostfile
-from comm.launcher.job import Job, make_orders
+from comm.launcher.job import Job, make_hosts, make_orders
 from comm.probe import mac_addresses, mac_ports, probe, rdma_devices
 from comm.tools.doctor import judge
 
@@ -262,3 +263,30 @@ def test_every_verb_has_help_with_an_example(verb: str, capsys: Any) -> None:
     with pytest.raises(SystemExit) as caught:
         command_line([verb, "--help"])
     assert caught.value.code == 0 and f"python -m comm {verb}" in capsys.readouterr().out.partition("example: ")[2]
+
+
+def test_ranks_on_a_host_with_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches local ranks that all compute on the first GPU, over TCP."""
+    (tmp_path / "0000:01:00.0").mkdir()
+    (tmp_path / "0000:02:00.0").mkdir()
+    assert cuda.num_gpus(str(tmp_path)) == 0, "MLX's CUDA build is not installed here"
+    monkeypatch.setattr(cuda, "_is_installed", lambda name: name == "mlx-cuda-13")
+    assert cuda.num_gpus(str(tmp_path)) == 2 and cuda.num_gpus(str(tmp_path / "none")) == 0
+    monkeypatch.setattr(job, "num_gpus", lambda: 2)
+    backends = {n: make_hosts(n, None, None, None).backend for n in (1, 2, 3)}
+    assert backends == {1: "ring", 2: "nccl", 3: "ring"}
+    assert make_hosts(2, None, None, "ring").backend == make_hosts(1, "a,b", None, None).backend == "ring"
+    greetings = [{"ring": ["127.0.0.1:1"], "control": "127.0.0.1", "extra": ["127.0.0.1:2"]}] * 3
+    for carrier, devices in (("nccl", ["0", "1", "2"]), ("ring", ["0", "1", "0"])):
+        orders = make_orders(Job(("true",), make_hosts(3, None, None, carrier), carrier), greetings, "secret")
+        assert [order["variables"]["CUDA_VISIBLE_DEVICES"] for order in orders] == devices
+
+
+def test_a_host_may_be_named_twice(tmp_path: Path) -> None:
+    """Catches a host with two GPUs that can have one rank only."""
+    path = tmp_path / "hosts.json"
+    path.write_text(json.dumps({"backend": "nccl", "hosts": [{"ssh": "a", "ips": ["10.0.0.1"]}] * 2 + [{"ssh": "b", "ips": ["10.0.0.2"]}]}))
+    hosts = read_hostfile(str(path))
+    greetings = [{"ring": ["10.0.0.1:1"], "control": "10.0.0.1", "extra": ["10.0.0.1:2"]}] * 3
+    orders = make_orders(Job(("true",), hosts, "nccl"), greetings, "secret")
+    assert [order["variables"]["CUDA_VISIBLE_DEVICES"] for order in orders] == ["0", "1", "0"]
