@@ -40,10 +40,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """The option for everything, or for a part of what is not run by default."""
     words = "also run the widest launches of real processes; with a value such as 2/5 only these, the second part of five"
     parser.addoption("--exhaustive", nargs="?", type=shard_of, const=True, metavar="PART/PARTS", help=words)
+    parser.addoption("--device", choices=("cpu", "gpu"), help="where MLX computes, in tests of operations and models")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Makes the mark known."""
+    """Makes the mark known, and the device MLX's default."""
+    if device := config.getoption("--device"):
+        import mlx.core as mx
+
+        mx.set_default_device(getattr(mx, device))
     config.addinivalue_line("markers", "exhaustive: a parameter that runs with --exhaustive only")
     config.addinivalue_line("markers", "ranks: starts processes; -m 'not ranks' leaves the fast ones")
 

@@ -37,7 +37,7 @@ TRAINER = (
     ("build", "memory"),
     ("checkpoint", "bench", "reports"),
     ("results",),
-    ("running",),
+    ("running", "selftest"),
     ("verbs",),
     ("__main__",),
 )

@@ -102,6 +102,11 @@ def _plan(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _selftest(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--device", choices=("cpu", "gpu"), help="where to compute (default: as MLX chooses)")
+
+
 def _bench(parser: argparse.ArgumentParser) -> None:
     _recipe(parser)
     parser.add_argument("--vs", choices=("mlx-lm",), help="measure mlx-lm's trainer too, and print the ratios")
@@ -255,6 +260,12 @@ VERBS = {
         "Tokens per second, parts of a step, memory and MFU of a recipe on this machine.",
         "python -m trainer bench recipes/quickstart.yaml --vs mlx-lm",
         _bench,
+    ),
+    "selftest": Verb(
+        "trainer.verbs.selftest:main",
+        "Check on this machine that everything is computed as it should be; a table to paste into a report.",
+        "python -m trainer selftest",
+        _selftest,
     ),
     "eval": Verb(
         "trainer.verbs.eval:main",
