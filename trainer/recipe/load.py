@@ -43,7 +43,10 @@ def load_recipe(source: str | Path | dict[str, Any] | Recipe, overrides: Sequenc
     path = Path(source) if isinstance(source, (str, Path)) else Path("recipe")
     problems: list[Problem] = []
     try:
-        tree = OmegaConf.create(_read_text(path) if isinstance(source, (str, Path)) else _settings(source))
+        try:
+            tree = OmegaConf.create(_read_text(path) if isinstance(source, (str, Path)) else _settings(source))
+        except AssertionError:  # OmegaConf's word for a number, a truth value or a set at the top
+            tree = None
         # An empty file is an empty recipe; text or a list at the top has no keys to set.
         if not OmegaConf.is_dict(tree):
             raise RecipeError([Problem("", None, "a recipe is a map of keys to values")], str(path))
