@@ -217,7 +217,7 @@ def test_a_torn_result_is_named(tmp_path: Path, recipe: str, capsys, monkeypatch
 RANK = """
 import os, sys
 from trainer.__main__ import run
-outcome = run([sys.argv[1 + int(os.environ["MLX_RANK"])]])
+outcome = run(sys.argv[1 + int(os.environ["MLX_RANK"])].splitlines())  # a line a word
 sys.modules["comm"].leave(outcome.code, outcome.error)
 """
 
@@ -229,6 +229,22 @@ def test_two_ranks_tell_it_once_with_one_exit_code(tmp_path: Path, recipe: str) 
     assert [rank.returncode for rank in ranks] == [2, 2], ranks
     assert "download it again" in ranks[0].stderr and ranks[0].stderr.count("\n") == 1, ranks[0].stderr
     assert ranks[1].stderr == ""
+
+
+def test_two_ranks_refuse_a_nan_that_one_of_them_holds(tmp_path: Path, recipe: str, monkeypatch) -> None:
+    """Catches a pipeline whose other stage goes on and waits, and the same sentence from every rank."""
+    monkeypatch.setenv("MLX_TRAINER_CACHE", str(tmp_path / "cache"))
+    assert main([recipe, "max_steps=1"]) == 0
+    file = tmp_path / "output" / "adapters.safetensors"
+    tensors = dict(mx.load(str(file)))
+    last = max(name for name in tensors if name.endswith("lora_b"))
+    tensors[last] = tensors[last] * float("nan")
+    mx.eval(tensors)
+    mx.save_safetensors(str(file), tensors)
+    words = "\n".join(["eval", f"{tmp_path}/output", f"data.valid={tmp_path}/rows.jsonl", "parallel.pp=2"])
+    ranks = run_ranks(RANK, 2, args=[words, words], check=False)
+    assert [rank.returncode for rank in ranks] == [2, 2], ranks
+    assert f"not finite: {last}." in ranks[0].stderr and ranks[1].stderr == "", ranks
 
 
 def test_one_rank_without_the_recipe_is_named(tmp_path: Path, recipe: str) -> None:
