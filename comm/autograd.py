@@ -92,7 +92,8 @@ def gather_from_shards(x: mx.array, group: Group, axis: int = 0) -> mx.array:
     def gather_vjp(x, cotangent, output):
         return group.reduce_scatter(cotangent, axis)
 
-    return gather(x)
+    with mx.stream(group.stream):  # where the function's result is that of a collective
+        return gather(x)
 
 
 def reduce_scatter_over_group(x: mx.array, group: Group, axis: int = 0) -> mx.array:
@@ -119,7 +120,8 @@ def send_forward(x: mx.array, dst: int, group: Group) -> mx.array:
     def send_vjp(x, cotangent, output):
         return group.recv_like(x, dst)
 
-    return send(x)
+    with mx.stream(group.stream):
+        return send(x)
 
 
 def recv_forward(like: mx.array, src: int, group: Group) -> mx.array:
@@ -137,4 +139,5 @@ def recv_forward(like: mx.array, src: int, group: Group) -> mx.array:
     def recv_vjp(like, cotangent, output):
         return group.send(cotangent, src)
 
-    return recv(like)
+    with mx.stream(group.stream):
+        return recv(like)

@@ -1,7 +1,8 @@
 """`Group`: the collectives of `mx.distributed`, alike on every backend.
 
-A group owns one stream and issues everything on it, from one Python thread. Results are lazy:
-every rank must evaluate the same operations in the same order. What a backend lacks is built
+A group owns one stream and issues everything on it, from one Python thread, also what only brings
+a result into shape: a compute stream that waits for a peer could do nothing else, and a GPU's
+is ended for it. Results are lazy: every rank must evaluate the same operations in the same order. What a backend lacks is built
 from what it has (see `capabilities.py`). With one rank every collective is the identity.
 """
 
@@ -141,9 +142,10 @@ class Group:
         self._enter("all_gather", x)
         rows = self._carried(x[None] if axis else x)
         gathered = self._engine.all_gather(rows, group=self._native, stream=self.stream)
-        if axis:
-            gathered = mx.concatenate([part[0] for part in mx.split(gathered, self.size)], axis)
-        return self._leave(gathered.astype(x.dtype))
+        with mx.stream(self.stream):
+            if axis:
+                gathered = mx.concatenate([part[0] for part in mx.split(gathered, self.size)], axis)
+            return self._leave(gathered.astype(x.dtype))
 
     def reduce_scatter(self, x: mx.array, axis: int = 0) -> mx.array:
         """This rank's part, along `axis`, of the sum of `x` (N, ...) over the ranks: (N / size, ...).
@@ -173,7 +175,8 @@ class Group:
         def scatter_vjp(x, cotangent, output):
             return self.all_gather(cotangent, axis)
 
-        return scatter(x)
+        with mx.stream(self.stream):  # the function's result is the collective's
+            return scatter(x)
 
     def broadcast(self, x: mx.array, root: int = 0) -> mx.array:
         """The root's `x` (...) on every rank, bit by bit; the others give the shape and dtype.
@@ -193,7 +196,8 @@ class Group:
             bits = mx.zeros_like(bits)
         self._enter("broadcast", x)
         total = self._engine.all_sum(bits, group=self._native, stream=self.stream)
-        return self._leave(total.view(x.dtype).reshape(x.shape))
+        with mx.stream(self.stream):
+            return self._leave(total.view(x.dtype).reshape(x.shape))
 
     def send(self, x: mx.array, dst: int) -> mx.array:
         """Sends `x` (...) to rank `dst`; the result is `x`. Evaluate it: an unused send never leaves.
@@ -297,9 +301,10 @@ class Group:
         self._enter(operation, x)
         call = getattr(self._engine, operation)
         total = call(self._carried(x), group=self._native, stream=self.stream)
-        if x.dtype == mx.bool_:
-            total = total != 0
-        return self._leave(total.astype(x.dtype))
+        with mx.stream(self.stream):
+            if x.dtype == mx.bool_:
+                total = total != 0
+            return self._leave(total.astype(x.dtype))
 
     def _extreme(self, operation: str, x: mx.array) -> mx.array:
         if self.size == 1 or not mx.issubdtype(x.dtype, mx.floating):
@@ -314,16 +319,20 @@ class Group:
             holds = (x == output).astype(cotangent.dtype)
             return cotangent * holds / self.all_sum(holds)
 
-        return extreme(x)
+        with mx.stream(self.stream):
+            return extreme(x)
 
     def _reduce_scatter(self, x: mx.array, axis: int) -> mx.array:
         if not self.capabilities.reduce_scatter:
-            # Without the copy the slice would keep the whole sum in memory.
-            return mx.contiguous(mx.split(self._reduce("all_sum", x), self.size, axis)[self.rank])
+            total = self._reduce("all_sum", x)
+            with mx.stream(self.stream):
+                # Without the copy the slice would keep the whole sum in memory.
+                return mx.contiguous(mx.split(total, self.size, axis)[self.rank])
         self._enter("reduce_scatter", x)
         rows = mx.moveaxis(self._carried(x), axis, 0)
         part = self._engine.sum_scatter(rows, group=self._native, stream=self.stream)
-        return self._leave(mx.moveaxis(part, 0, axis).astype(x.dtype))
+        with mx.stream(self.stream):
+            return self._leave(mx.moveaxis(part, 0, axis).astype(x.dtype))
 
     def _enter(self, operation: str, x: mx.array) -> None:
         self.progress.record(operation, x.shape, x.dtype)

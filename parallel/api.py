@@ -102,6 +102,9 @@ def value_and_grad(
             times.end("reduce", grads)
         for group in state.loss_groups:
             loss, weight = group.all_sum(loss), group.all_sum(weight)
+        if any(group.size > 1 for group in state.loss_groups):
+            # Here, so that no GPU waits for a peer's number: Metal ends work that takes seconds.
+            mx.eval(loss, weight)
         # A batch without any weight has zero gradients, not NaN.
         divisor = mx.where(weight > 0, weight, 1).astype(mx.float32)
         # In float32: as a bfloat16 the weight may be off by 0.4 %.

@@ -17,6 +17,8 @@ from mlx_lm.tuner.lora import LoRALinear
 from comm import CustomFunction, custom_function
 from parallel import overridden_class
 
+MANY_ROWS = 64  # so many pay for unpacking a matrix
+
 
 def use_fast_lora(model: nn.Module) -> None:
     """Extend the class of each of mlx-lm's `LoRALinear` in `model`, in place; before parallel wrappers. Names
@@ -61,6 +63,12 @@ def _times(rows: mx.array, base: nn.Module, transpose: bool) -> mx.array:
     """rows W^T (`transpose`) or rows W."""
     if isinstance(base, nn.Linear):
         return rows @ (base.weight.T if transpose else base.weight)
+    if not transpose and rows.shape[0] >= MANY_ROWS and mx.cuda.is_available():
+        # CUDA has no fast kernel for this direction: unpacked once, the matrix is multiplied at full speed.
+        unpacked = mx.dequantize(
+            base.weight, base.scales, base.get("biases"), group_size=base.group_size, bits=base.bits, mode=base.mode
+        )
+        return rows @ unpacked.astype(rows.dtype)
     return mx.quantized_matmul(
         rows,
         base.weight,

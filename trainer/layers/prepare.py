@@ -66,21 +66,26 @@ def attention(
     """mlx-lm's `scaled_dot_product_attention` for whole training rows.
 
     Blockwise where the mask is causal, with or without window and documents. MLX's own where the mask is an array
-    or missing, with attention sinks, for plain causal rows on CUDA (it has a fused backward pass there), and for
-    one token.
+    or missing, with attention sinks, for plain causal rows on CUDA where its backward pass is fused, and for one token.
     """
     num_tokens = queries.shape[2]
     if isinstance(mask, str):
         mask = TrainingMask()
     if isinstance(mask, TrainingMask):
         plain = mask.window is None and mask.segments is None
-        if sinks is None and num_tokens == keys.shape[2] and not (plain and mx.cuda.is_available()):
+        if sinks is None and num_tokens == keys.shape[2] and not (plain and _is_fused_on_cuda(queries)):
             seen = mask.segments
             return blockwise_attention(
                 queries, keys, values, scale=scale, window=mask.window, segments=seen, starts=mask.starts
             )
         mask = "causal" if plain else mask.array(num_tokens)
     return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
+
+
+def _is_fused_on_cuda(queries: mx.array) -> bool:
+    """Whether cuDNN has a backward pass for these queries (B, H, T, D); MLX's other way there holds T x T scores."""
+    is_half = queries.dtype in (mx.float16, mx.bfloat16)
+    return mx.cuda.is_available() and is_half and queries.shape[3] <= 128 and queries.shape[2] % 128 == 0
 
 
 class _View:

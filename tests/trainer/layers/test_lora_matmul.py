@@ -9,7 +9,7 @@ from test_prepare import assert_same, loss_and_grads
 
 from tiny import make
 from trainer.layers.checkpointing import checkpoint_layers
-from trainer.layers.lora_matmul import use_fast_lora
+from trainer.layers.lora_matmul import lora_matmul, use_fast_lora
 from trainer.model.lora import DropoutKeys, LoRASpec, attach, find_targets
 from trainer.model.method import prepare_for_training
 
@@ -141,3 +141,19 @@ def test_checkpointing_refuses_unkeyed_dropout():
         checkpoint_layers(model.layers)
     with pytest.raises(ValueError, match="-1"):
         checkpoint_layers(model.layers, -1)
+
+
+def test_a_quantized_base_is_unpacked_for_many_rows_on_cuda(monkeypatch):
+    """Catches another gradient where CUDA's slow kernel for the backward direction is gone around."""
+    base = nn.QuantizedLinear.from_linear(nn.Linear(64, 96, bias=False), group_size=32, bits=4)
+    base.freeze()
+    mx.random.seed(0)
+    rows, dy = mx.random.normal((200, 64)), mx.random.normal((200, 96))
+    a, b = mx.random.normal((64, 4)), mx.random.normal((4, 96))
+    expected = mx.vjp(lambda x: [lora_matmul(x, base, a, b, 2.0)], [rows], [dy])[1][0]
+    unpacked = []
+    dequantize = mx.dequantize
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "dequantize", lambda *x, **options: unpacked.append(x) or dequantize(*x, **options))
+    found = mx.vjp(lambda x: [lora_matmul(x, base, a, b, 2.0)], [rows], [dy])[1][0]
+    assert unpacked and mx.abs(found - expected).max().item() <= 1e-5 * mx.abs(expected).max().item()

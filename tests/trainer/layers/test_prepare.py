@@ -164,3 +164,17 @@ def test_kimi_segments_reach_nested_convolutions():
     x = mx.random.normal((1, 30, 32))
     packed = layer(x, None, StateSegments(mx.array([[1] * 11 + [2] * 19])))
     assert mx.abs(packed[:, 11:] - layer(x[:, 11:])).max().item() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("dtype", "length", "dims", "is_fused"),
+    [(mx.bfloat16, 256, 64, True), (mx.float32, 256, 64, False), (mx.bfloat16, 200, 64, False), (mx.float16, 128, 192, False)],
+)
+def test_attention_on_cuda(monkeypatch, dtype, length, dims, is_fused):
+    """Catches MLX's own attention where CUDA has no fused backward pass for it, and holds all scores."""
+    fused = []
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", lambda q, *rest, **options: fused.append(1) or q)
+    x = mx.zeros((1, 2, length, dims), dtype=dtype)
+    prepare.attention(x, x, x, None, 1.0, "causal")
+    assert bool(fused) == is_fused
