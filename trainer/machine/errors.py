@@ -21,6 +21,7 @@ _MEMORY_WORDS = (
     "outofmemory",
     "out of memory",
     "bad_alloc",
+    "outside the supported range",  # of a shape's 32 bits
 )
 _BUFFER_WORDS = ("resource limit",)
 _TIMEOUT_WORDS = ("callbackerrortimeout", "gpu timeout", "impactinginteractivity")
@@ -53,7 +54,7 @@ def translated(error: Exception, arguments: argparse.Namespace) -> Exception:
     if "[Primitive::vjp]" in str(error):
         operation = str(error).rpartition(" ")[2].rstrip(".")
         return ArchitectureError(f"This architecture cannot be trained: MLX has no gradient of its operation {operation}.")
-    if not isinstance(error, (RuntimeError, MemoryError)):
+    if not isinstance(error, (RuntimeError, MemoryError, OverflowError)):
         return error
     text = f"{type(error).__name__}: {error}" if isinstance(error, MemoryError) else str(error)
     first_line, folded = (text.strip().splitlines() or [""])[0], text.casefold()

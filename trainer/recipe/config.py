@@ -141,9 +141,7 @@ class DataConfig:
         "auto", "How a row reads: auto looks for messages, prompt + completion, instruction or text columns."
     )
     max_seq_len: int = setting(
-        2048,
-        "Longer rows are cut: less memory, less context.",
-        minimum=2,
+        2048, "Longer rows are cut: less memory, less context.", minimum=2,
         also=("max_seq_length", "max_length", "sequence_len", "cutoff_len"),
     )
     packing: Literal["auto"] | bool = setting(
@@ -217,7 +215,7 @@ class ParallelConfig:
         "even", "Layers per pipeline stage: even, by each host's memory, or a list of counts.", minimum=1
     )
     bucket_mib: Literal["auto"] | float = setting(
-        "auto", "Size of the gradient messages: larger has less overhead and less overlap.", above=0
+        "auto", "Size of the gradient messages: larger has less overhead and less overlap.", above=0, maximum=1e6
     )
     wire_dtype: Literal["float32", "bfloat16"] | None = setting(
         "float32",
@@ -277,9 +275,11 @@ class LoggingConfig:
 class LimitsConfig:
     """Bounds that protect the machine and the run; null = MLX's own."""
 
-    memory_gib: float | None = setting(None, "MLX waits for memory to come free above this.", above=0)
-    cache_gib: float | None = setting(None, "Freed memory that MLX keeps for later.", minimum=0)
-    wired_gib: float | None = setting(None, "Memory that macOS may not page out; null = what macOS recommends.", minimum=0)
+    memory_gib: float | None = setting(None, "MLX waits for memory to come free above this.", above=0, maximum=1e9)
+    cache_gib: float | None = setting(None, "Freed memory that MLX keeps for later.", minimum=0, maximum=1e9)
+    wired_gib: float | None = setting(
+        None, "Memory that macOS may not page out; null = what macOS recommends.", minimum=0, maximum=1e9
+    )
     loss_watchdog: float | None = setting(
         None, "Give up (exit code 1) when the training loss of 3 rows of metrics in a row is above this.", above=0
     )

@@ -17,6 +17,7 @@ from trainer.nearest import nearest
 from trainer.recipe.problems import Problem, listing
 
 _REFUSED = object()  # stands for a value that has been reported
+_LARGEST_WHOLE = 2**63 - 1  # MLX takes no larger integer
 _BOUNDS = {"minimum": ">=", "above": ">", "maximum": "<=", "below": "<"}
 
 
@@ -131,7 +132,7 @@ def _read(
     if result is _REFUSED:
         words = arguments if origin is Literal else metadata.get("words", ())
         close = nearest(value, map(str, words)) if isinstance(value, str) else ""
-        problems.append(Problem(path, value, "not allowed", describe(kind, metadata), close))
+        problems.append(Problem(path, value, _refusal(value), describe(kind, metadata), close))
     return result
 
 
@@ -157,8 +158,12 @@ def _read_union(
             return result
         words += map(str, get_args(option) if get_origin(option) is Literal else ())
     allowed = listing(describe(option, metadata) for option in options)
-    problems.append(Problem(path, value, "not allowed", allowed, nearest(value, words)))
+    problems.append(Problem(path, value, _refusal(value), allowed, nearest(value, words)))
     return _REFUSED
+
+
+def _refusal(value: Any) -> str:
+    return "too large" if isinstance(value, (int, float)) and value > _LARGEST_WHOLE else "not allowed"
 
 
 def _same_shape(option: Any, value: Any) -> bool:
@@ -192,7 +197,8 @@ def _read_scalar(kind: type, value: Any, metadata: Mapping[str, Any]) -> Any:
         number = float(value)
     except (ValueError, OverflowError):
         return _REFUSED
-    if not math.isfinite(number) or (kind is int and number != int(number)):
+    exact = value if isinstance(value, int) else number  # a float rounds whole numbers from 2^53 on
+    if not math.isfinite(number) or (kind is int and (number != int(number) or exact > _LARGEST_WHOLE)):
         return _REFUSED
     in_range = (
         number >= metadata.get("minimum", -math.inf)
@@ -200,7 +206,7 @@ def _read_scalar(kind: type, value: Any, metadata: Mapping[str, Any]) -> Any:
         and number <= metadata.get("maximum", math.inf)
         and number < metadata.get("below", math.inf)
     )
-    return (int(value) if isinstance(value, int) else kind(number)) if in_range else _REFUSED
+    return kind(exact) if in_range else _REFUSED
 
 
 def _read_text(value: Any, words: tuple[str, ...]) -> Any:

@@ -286,6 +286,14 @@ def test_answers_cannot_steer_the_terminal() -> None:
     assert harmless("a\x1b]0;owned\x07\n\tb\u202e") == "a·]0;owned·\n\tb·"
 
 
+@pytest.mark.parametrize("key", ["lora.rank", "data.max_seq_len", "batch_size_per_device"])
+def test_plan_says_that_a_shape_is_too_large(recipe: str, capsys, key: str) -> None:
+    """Catches MLX's error of a dimension that 32 bits do not hold."""
+    assert main(["plan", recipe, f"{key}=3000000000"]) == 2
+    told = capsys.readouterr().err
+    assert "does not fit in memory" in told and "Traceback" not in told, told
+
+
 @pytest.mark.parametrize("value", [0, -1, 10**6, 10**30, "x", 0.5, True])
 def test_plan_names_a_number_of_layers_that_no_model_has(tmp_path: Path, recipe: str, capsys, value: Any) -> None:
     """Catches a plan that makes layers without end, or none."""

@@ -247,3 +247,18 @@ def test_paths_are_found_beside_the_recipe(tmp_path, monkeypatch):
     assert found.data.train == "../there/rows/a.jsonl" and found.model.path == "owner/name"
     (tmp_path / "here" / "rows").symlink_to(tmp_path / "there" / "rows")
     assert load_recipe("../there/recipe.yaml").data.train == "rows/a.jsonl"
+
+
+@pytest.mark.parametrize("value", [2**63, 10**30, 1e308])
+@pytest.mark.parametrize("key", ["lora.rank", "data.max_seq_len", "batch_size_per_device", "seed", "global_batch_size", "limits.memory_gib"])
+def test_whole_numbers_of_more_than_64_bits_are_refused(key, value):
+    """A number that MLX answers with a cast's error or an overflow long after the recipe was taken."""
+    section, _, name = key.rpartition(".")
+    found = problems_of({section: {name: value}} if section else {name: value})
+    assert "too large; allowed: a" in found[key]
+
+
+def test_whole_numbers_become_what_their_key_holds():
+    """A whole number that stays one where MLX takes a float, and digits of a large one that a float rounds away."""
+    recipe = recipe_from(GOOD | {"optimizer": {"lr": 10**30}, "seed": 2**63 - 1})
+    assert recipe.optimizer.lr == 1e30 and type(recipe.optimizer.lr) is float and recipe.seed == 2**63 - 1
