@@ -92,12 +92,14 @@ def load_into(model: nn.Module, adapter: Adapter) -> None:
     """Overwrite the adapters of `model` (attached with `adapter.spec`) by the stored values.
 
     Raises:
-        ValueError: Tensors are missing, unexpected or of another shape; names all.
+        ValueError: Tensors are missing, unexpected or of another shape, or hold numbers that are not finite; names all.
     """
     own = {n: p for n, p in comm.named_arrays(model.parameters()) if is_adapter(n)}
     shapes = {name: list(value.shape) for name, value in adapter.tensors.items()}
     if wrong := misfits(shapes, {name: list(value.shape) for name, value in own.items()}, own):
         raise ValueError(f"lora.init_from does not fit this model: {wrong}.")
+    if broken := not_finite(adapter.tensors.items()):
+        raise ValueError(f"lora.init_from holds numbers that are not finite: {', '.join(broken)}.")
     model.update(tree_unflatten([(n, v.astype(own[n].dtype)) for n, v in adapter.tensors.items()]))
 
 
@@ -123,6 +125,11 @@ def misfits(
     return "; ".join(f"{what}: {', '.join(names)}" for what, names in lists.items() if names)
 
 
+def not_finite(tensors: Iterable[tuple[str, mx.array]]) -> list[str]:
+    """Names of the tensors that hold a NaN or an infinity."""
+    return [name for name, value in tensors if not mx.isfinite(value).all().item()]
+
+
 def _number(folder: str, settings: Any, key: str, kind: type) -> Any:
     """A positive number of an adapter's settings."""
     value: Any = settings.get(key) if isinstance(settings, dict) else None
@@ -144,14 +151,24 @@ def _from_mlx_lm(folder: str, config: dict[str, Any], tensors: dict[str, mx.arra
 def _require_all_modules(folder: str, config: dict[str, Any], adapter: Adapter, model: nn.Module) -> None:
     """Refuse mlx-lm's adapters without a module that their config names: it would silently stay the base model's.
 
-    mlx-lm's `linear_to_lora_layers` adapts the modules of `lora_parameters.keys` in the last `num_layers` layers.
+    mlx-lm's `linear_to_lora_layers` adapts the modules of `lora_parameters.keys` in the last `num_layers` layers, and
+    those whose full names are keys, which is how a run's own config names them.
     """
     keys, num_layers = config["lora_parameters"].get("keys"), config.get("num_layers")
-    if not isinstance(keys, list) or not isinstance(num_layers, int) or isinstance(num_layers, bool):
+    if not isinstance(num_layers, int | None) or isinstance(num_layers, bool):
+        raise ValueError(
+            f"lora.init_from={folder!r}: adapter_config.json says num_layers={num_layers!r}; it must be a whole number."
+        )
+    if keys is None:
         return
-    layers = model.layers[-num_layers:] if num_layers > 0 else model.layers
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise ValueError(
+            f"lora.init_from={folder!r}: adapter_config.json says keys={keys!r}; it must be a list of modules' names."
+        )
+    layers = [] if num_layers is None else model.layers[-max(num_layers, 0) :]  # 0 and below are all, as in mlx-lm
     paths = {id(module): path for path, module in model.named_modules()}
     expected = {f"{paths[id(layer)]}.{key}" for layer in layers for key, _ in layer.named_modules() if key in keys}
+    expected |= set(keys) & set(paths.values())
     if missing := sorted(expected - set(adapter.spec.paths)):
         raise ValueError(
             f"lora.init_from={folder!r}: adapters.safetensors has no tensors for {missing[0]} ({len(missing)} of "

@@ -26,10 +26,22 @@ from trainer.files.storage import read_json
 from trainer.model.architectures import architecture
 from trainer.recipe.config import ModelConfig
 from trainer.recipe.paths import is_local
+from trainer.recipe.problems import show
 
 DEFAULT_INITIALIZER_RANGE = 0.02
 # A random start's vocabulary is rounded up to this, so that tensor-parallel ranks can divide it.
 VOCABULARY_STEP = 64
+# Sizes of a config, and the largest that is believed: shapes are int32, and each layer is made before weights are read.
+LARGEST_SIZES = {
+    "num_hidden_layers": 10_000,
+    "hidden_size": 2**31 - 1,
+    "vocab_size": 2**31 - 1,
+    "num_attention_heads": 2**31 - 1,
+    "num_key_value_heads": 2**31 - 1,
+    "head_dim": 2**31 - 1,
+}
+
+
 @dataclass
 class BaseModel:
     """A model before anything is attached to it.
@@ -118,6 +130,7 @@ def _read_model(config: ModelConfig) -> BaseModel:
     try:
         if path.exists():
             config_values = read_json(path / "config.json")
+            _check_sizes(config_values)
             renamed = architecture(config_values.get("model_type")).opened_as
             other = {"model_type": renamed} if renamed else None
             trust = config.trust_remote_code
@@ -133,6 +146,7 @@ def _read_model(config: ModelConfig) -> BaseModel:
 
 def _random_model(config: dict[str, Any], vocab_size: int, seed: int) -> BaseModel:
     """A model with Hugging Face's usual initial values: normal matrices, everything else as the layer starts."""
+    _check_sizes(config)
     target = config["text_config"] if "text_config" in config else config
     padded = -(-vocab_size // VOCABULARY_STEP) * VOCABULARY_STEP
     vocab_size = target.setdefault("vocab_size", config.get("vocab_size", padded))
@@ -149,6 +163,17 @@ def _random_model(config: dict[str, Any], vocab_size: int, seed: int) -> BaseMod
     drawn = [(n, spread * mx.random.normal(p.shape, key=key)) for (n, p), key in zip(matrices, keys)]
     model.update(tree_unflatten(drawn))
     return BaseModel(model, config)
+
+
+def _check_sizes(config: dict[str, Any]) -> None:
+    """Refuse sizes that no model has; a list, one for each layer, is left to the architecture."""
+    values = config.get("text_config", config)
+    for key, largest in LARGEST_SIZES.items():
+        value = values.get(key) if isinstance(values, dict) else None
+        if value is None or isinstance(value, (list, dict)):
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= largest:
+            raise ValueError(f"The model's config says {key}={show(value)}; it must be a whole number from 1 to {largest:,}.")
 
 
 def _model_classes(config: dict[str, Any]) -> tuple[Any, Any]:

@@ -56,6 +56,8 @@ def load_recipe(source: str | Path | dict[str, Any] | Recipe, overrides: Sequenc
         values = cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True, throw_on_missing=True))
     except (OmegaConfBaseException, YAMLError) as error:
         raise RecipeError([*problems, Problem("", None, _one_line(error))], str(path)) from error
+    except RecursionError as error:
+        raise RecipeError([*problems, Problem("", None, "nested too deeply to be a recipe")], str(path)) from error
     return found_beside(recipe_from(values, path, problems), path.parent)
 
 

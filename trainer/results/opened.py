@@ -20,9 +20,10 @@ from trainer.checkpoint.folder import (
 )
 from trainer.files.storage import read_json
 from trainer.files.tensor_files import read_tensor_file
-from trainer.model.adapters import misfits
+from trainer.model.adapters import misfits, not_finite
 from trainer.recipe.config import Recipe
 from trainer.recipe.load import load_recipe, recipe_from
+from trainer.recipe.problems import AgreedUserError
 from trainer.results.mlx_lm_format import ADAPTER_CONFIG_FILE, ADAPTERS_FILE
 
 
@@ -83,15 +84,17 @@ def load_result(run: HasModel, target: str, notice: Notice) -> None:
         notice: Gets one line for each checkpoint that is passed over.
 
     Raises:
-        ValueError: There is nothing to load, or tensors are missing, unexpected or of another shape.
+        ValueError: There is nothing to load, or tensors are missing, unexpected, of another shape or not finite; on all
+            ranks.
     """
     world = run.world
     tensors = together(world, lambda: _read(_path(target), notice) if world.rank == 0 else None)
     known = dict(comm.named_arrays(run.model.parameters()))
     _require_fit(run, target, {name: list(value.shape) for name, value in (tensors or {}).items()})
     loaded = list(slice_tensors(model_layout(run.model), broadcast_tensors(world, tensors), known))
-    if broken := [name for name, value in loaded if not mx.isfinite(value).all().item()]:
-        notice(f"{target} holds numbers that are not finite: {', '.join(broken[:3])}{' ...' if len(broken) > 3 else ''}")
+    # A rank has its slices only, and a pipeline's stage its own layers.
+    if broken := sorted({name for names in comm.all_gather_object(not_finite(loaded), world) for name in names}):
+        raise AgreedUserError(f"{target!r} holds numbers that are not finite: {', '.join(broken)}.")
     run.model.update(tree_unflatten([(name, value.astype(known[name].dtype)) for name, value in loaded]))
 
 
@@ -107,7 +110,7 @@ def _require_fit(run: HasModel, target: str, shapes: dict[str, list[int]]) -> No
     expected = {name: shape for name, (shape, _) in everyone.items()}
     required = [name for name, (_, is_trained) in everyone.items() if is_trained]
     if wrong := misfits(comm.broadcast_object(shapes, run.world), expected, required):
-        raise ValueError(f"{target!r} does not hold the weights that its recipe trains: {wrong}.")
+        raise AgreedUserError(f"{target!r} does not hold the weights that its recipe trains: {wrong}.")
 
 
 def _path(target: str) -> Path:

@@ -112,17 +112,8 @@ def open_run(target: str, recipe: Recipe) -> OpenedRun:
     adapter = prepare_method(recipe, base, DropoutKeys())
     run = OpenedRun(recipe, comm.solo(), tokenizer, base, adapter)
     load_result(run, target, lambda line: print(line, file=sys.stderr))
-    _require_finite(base.model, target)
     base.model.eval()
     return run
-
-
-def _require_finite(model: nn.Module, target: str) -> None:
-    """Refuse to hand on weights that hold a NaN or an infinity."""
-    trained = comm.named_arrays(model.trainable_parameters())
-    broken = [name for name, value in trained if not mx.isfinite(value).all().item()]
-    if broken:
-        raise ValueError(f"{target!r} has weights that are not finite, which are not exported: {', '.join(broken)}.")
 
 
 def export_peft(run: OpenedRun, folder: Path, *, base_model: str | None, multimodal: bool) -> list[str]:

@@ -197,3 +197,29 @@ def test_a_module_of_the_config_without_tensors_is_named(tmp_path: Path) -> None
         read_adapter(folder_of(tmp_path, named | {"num_layers": -1}, mlx_lm=mlx_lm_tensors()), make("llama"), 0.0)
     for config in (named | {"num_layers": 1}, named, MLX_LM | {"num_layers": 2}):
         assert read_adapter(folder_of(tmp_path, config, mlx_lm=mlx_lm_tensors()), make("llama"), 0.0).spec.paths == (UP,)
+
+
+def test_a_module_that_the_config_names_in_full_without_tensors_is_named(tmp_path: Path) -> None:
+    """Catches a run's own adapter that lost a module, as such configs name modules in full and not inside a layer."""
+    named = {"num_layers": -1, "lora_parameters": MLX_LM["lora_parameters"] | {"keys": [UP, UP.replace("1", "0")]}}
+    folder = folder_of(tmp_path, named, mlx_lm=mlx_lm_tensors())
+    with pytest.raises(ValueError, match=r"no tensors for model\.layers\.0\.mlp\.up_proj \(1 of 2 modules"):
+        read_adapter(folder, make("llama"), 0.0)
+    named["lora_parameters"] |= {"keys": [UP]}
+    assert read_adapter(folder_of(tmp_path, named, mlx_lm=mlx_lm_tensors()), make("llama"), 0.0).spec.paths == (UP,)
+
+
+@pytest.mark.parametrize("key, value", [("num_layers", "two"), ("num_layers", True), ("keys", UP), ("keys", [1])])
+def test_modules_of_another_type_are_named(tmp_path: Path, key: str, value: Any) -> None:
+    """Catches a config whose modules cannot be told, and which is believed without a look at them."""
+    parameters = MLX_LM["lora_parameters"] | ({"keys": value} if key == "keys" else {})
+    config = {"lora_parameters": parameters} | ({"num_layers": value} if key == "num_layers" else {})
+    with pytest.raises(ValueError, match=f"adapter_config.json says {key}="):
+        read_adapter(folder_of(tmp_path, config, mlx_lm=mlx_lm_tensors()), make("llama"), 0.0)
+
+
+def test_numbers_that_are_not_finite_are_named(tmp_path: Path) -> None:
+    """Catches training that starts from a NaN, in which every step is then skipped."""
+    tensors = mlx_lm_tensors() | {f"{UP}.lora_b": B * float("nan")}
+    with pytest.raises(ValueError, match=r"not finite: model\.layers\.1\.mlp\.up_proj\.lora_b\.$"):
+        adapted(folder_of(tmp_path, MLX_LM, mlx_lm=tensors), make("llama"))

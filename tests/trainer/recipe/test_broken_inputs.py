@@ -95,6 +95,8 @@ BROKEN = {
     "config a list": (with_file("model/config.json", b"[]"), "config.json must hold an object"),
     "layers a word": (with_config(num_hidden_layers="two"), "'num_hidden_layers' expected int, got str"),
     "hidden size 0": (with_config(hidden_size=0), "cannot be opened|fails with this model"),
+    "layers without end": (with_config(num_hidden_layers=10**6, layer_types=None), "num_hidden_layers=1000000; .* 1 to 10,000"),
+    "vocabulary of -1": (with_config(vocab_size=-1), "vocab_size=-1; it must be a whole number from 1"),
     "heads 0": (with_config(num_attention_heads=0), "cannot be opened|fails with this model"),
     "vocabulary a word": (with_config(vocab_size="many"), "'vocab_size' expected int, got str"),
     "rope theta a list": (with_config(rope_theta=[10000.0], rope_parameters=None), "cannot be opened|fails with this model"),
@@ -215,7 +217,7 @@ def test_a_torn_result_is_named(tmp_path: Path, recipe: str, capsys, monkeypatch
 RANK = """
 import os, sys
 from trainer.__main__ import run
-outcome = run([sys.argv[1 + int(os.environ["MLX_RANK"])]])
+outcome = run(sys.argv[1 + int(os.environ["MLX_RANK"])].splitlines())  # a line a word
 sys.modules["comm"].leave(outcome.code, outcome.error)
 """
 
@@ -227,6 +229,22 @@ def test_two_ranks_tell_it_once_with_one_exit_code(tmp_path: Path, recipe: str) 
     assert [rank.returncode for rank in ranks] == [2, 2], ranks
     assert "download it again" in ranks[0].stderr and ranks[0].stderr.count("\n") == 1, ranks[0].stderr
     assert ranks[1].stderr == ""
+
+
+def test_two_ranks_refuse_a_nan_that_one_of_them_holds(tmp_path: Path, recipe: str, monkeypatch) -> None:
+    """Catches a pipeline whose other stage goes on and waits, and the same sentence from every rank."""
+    monkeypatch.setenv("MLX_TRAINER_CACHE", str(tmp_path / "cache"))
+    assert main([recipe, "max_steps=1"]) == 0
+    file = tmp_path / "output" / "adapters.safetensors"
+    tensors = dict(mx.load(str(file)))
+    last = max(name for name in tensors if name.endswith("lora_b"))
+    tensors[last] = tensors[last] * float("nan")
+    mx.eval(tensors)
+    mx.save_safetensors(str(file), tensors)
+    words = "\n".join(["eval", f"{tmp_path}/output", f"data.valid={tmp_path}/rows.jsonl", "parallel.pp=2"])
+    ranks = run_ranks(RANK, 2, args=[words, words], check=False)
+    assert [rank.returncode for rank in ranks] == [2, 2], ranks
+    assert f"not finite: {last}." in ranks[0].stderr and ranks[1].stderr == "", ranks
 
 
 def test_one_rank_without_the_recipe_is_named(tmp_path: Path, recipe: str) -> None:
@@ -266,3 +284,11 @@ def test_a_result_of_another_shape(tmp_path: Path, recipe: str, capsys, monkeypa
 def test_answers_cannot_steer_the_terminal() -> None:
     """Catches escape sequences of a row or an answer that move the cursor or rename the window."""
     assert harmless("a\x1b]0;owned\x07\n\tb\u202e") == "a·]0;owned·\n\tb·"
+
+
+@pytest.mark.parametrize("value", [0, -1, 10**6, 10**30, "x", 0.5, True])
+def test_plan_names_a_number_of_layers_that_no_model_has(tmp_path: Path, recipe: str, capsys, value: Any) -> None:
+    """Catches a plan that makes layers without end, or none."""
+    with_config(num_hidden_layers=value)(tmp_path)
+    assert main(["plan", recipe]) == 2
+    assert "num_hidden_layers=" in capsys.readouterr().err

@@ -204,6 +204,7 @@ def test_a_rule_is_not_judged_on_a_refused_value():
         ("3\n", "a map of keys to values"),
         ("true\n", "a map of keys to values"),
         ("!!set {a}\n", "a map of keys to values"),
+        ("model: {config: " + "{a: " * 400 + "1" + "}" * 400 + "}\n", "nested too deeply"),
         ("seed: ${nothing}\n", "nothing"),
         ("seed: ???\n", "seed"),
     ],

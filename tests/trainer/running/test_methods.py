@@ -142,8 +142,8 @@ def test_result_that_is_not_whole_is_refused(rows, tmp_path, method, damage, sai
             run(again)
 
 
-def test_weights_that_are_not_finite_are_not_exported(rows, tmp_path, capsys):
-    """Catches an export of NaN that succeeds."""
+def test_weights_that_are_not_finite_are_refused(rows, tmp_path, capsys):
+    """Catches an export, a loss or an answer of NaN that succeeds."""
     recipe = tiny_recipe(rows, tmp_path, max_steps=1)
     run(recipe)
     path = str(tmp_path / "adapters.safetensors")
@@ -154,3 +154,6 @@ def test_weights_that_are_not_finite_are_not_exported(rows, tmp_path, capsys):
         assert main(["export", str(tmp_path), "--to", kind]) == 2
         assert "not finite" in capsys.readouterr().err
         assert not (tmp_path / kind).exists()
+    for words in (["eval", str(tmp_path), f"data.valid={rows}"], ["generate", str(tmp_path), "--prompt", "a"]):
+        assert main(words) == 2
+        assert "holds numbers that are not finite: model.layers.0" in capsys.readouterr().err
