@@ -12,6 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from comm.arguments import check_rank, check_reach, checked_axis
 from comm.capabilities import CAPABILITIES, Capabilities
 from comm.connections import Connection, Connections
 from comm.debug import check_calls, encode_call
@@ -119,11 +120,7 @@ class Group:
         return self._extreme("all_max", x)
 
     def all_min(self, x: mx.array) -> mx.array:
-        """Smallest value of `x` (...) over the ranks (...), element by element. Backward: as `all_max`.
-
-        >>> group.all_min(mx.array([group.rank, 1])).tolist()  # two ranks
-        [0, 1]
-        """
+        """Smallest value of `x` (...) over the ranks (...), element by element. Example and backward: as `all_max`."""
         return self._extreme("all_min", x)
 
     def all_gather(self, x: mx.array, axis: int = 0) -> mx.array:
@@ -136,7 +133,7 @@ class Group:
         """
         if self.size == 1:
             return x if x.ndim else x[None]
-        axis = _checked_axis(x, axis)
+        axis = checked_axis(x, axis)
         if x.size == 0:
             return mx.concatenate([x] * self.size, axis)
         self._enter("all_gather", x)
@@ -160,12 +157,10 @@ class Group:
         """
         if self.size == 1:
             return x
-        axis = _checked_axis(x, axis)
+        axis = checked_axis(x, axis)
         if x.ndim == 0 or x.shape[axis] % self.size:
-            raise ValueError(
-                f"reduce_scatter of shape {x.shape} along axis {axis}: "
-                f"axis {axis} must be divisible by {self.size}."
-            )
+            where = f"reduce_scatter of shape {x.shape} along axis {axis}"
+            raise ValueError(f"{where}: axis {axis} must be divisible by {self.size}.")
 
         @custom_function
         def scatter(x):
@@ -186,7 +181,7 @@ class Group:
 
         Backward: none (the gradient is zero).
         """
-        self._checked_rank(root, "root")
+        check_rank(root, self.size, "root")
         if self.size == 1 or x.size == 0:
             return x
         # Summed as unsigned integers: exact for NaN payloads, -0.0 and bool alike.
@@ -209,7 +204,7 @@ class Group:
         Raises:
             ValueError: The backend cannot reach `dst` from here.
         """
-        self._reachable(dst, "send to")
+        self._check_reach(dst, "send to")
         self.progress.record(f"send to {dst}", x.shape, x.dtype)
         return self._engine.send(x, dst, group=self._native, stream=self.stream)
 
@@ -221,7 +216,7 @@ class Group:
         Raises:
             ValueError: The backend cannot reach `src` from here.
         """
-        self._reachable(src, "receive from")
+        self._check_reach(src, "receive from")
         self.progress.record(f"recv from {src}", shape, dtype)
         return self._engine.recv(shape, dtype, src, group=self._native, stream=self.stream)
 
@@ -284,16 +279,9 @@ class Group:
         native = self._native.split(color, order)
         if native.size() == 1:
             return Group(None, self.backend, members=members, progress=self.progress)
-        return Group(
-            native,
-            self.backend,
-            members=members,
-            capabilities=self.capabilities,
-            engine=self._engine,
-            stream=self.stream if self.capabilities.shared_stream else None,
-            progress=self.progress,
-            connections=self.connections,
-        )
+        shared = {"engine": self._engine, "progress": self.progress, "connections": self.connections}
+        stream = self.stream if self.capabilities.shared_stream else None
+        return Group(native, self.backend, members=members, capabilities=self.capabilities, stream=stream, **shared)
 
     def _reduce(self, operation: str, x: mx.array) -> mx.array:
         if self.size == 1 or x.size == 0:
@@ -351,32 +339,10 @@ class Group:
         dtype = self.capabilities.widen.get(str(x.dtype).split(".")[-1])
         return x.astype(getattr(mx, dtype)) if dtype else x
 
-    def _checked_rank(self, rank: int, what: str) -> None:
-        if not 0 <= rank < self.size:
-            raise ValueError(f"{what} is {rank}; the group has ranks 0 to {self.size - 1}.")
-
-    def _reachable(self, peer: int, what: str) -> None:
-        self._checked_rank(peer, f"the rank to {what}")
-        reach = self.capabilities.point_to_point
-        near = {(self.rank - 1) % self.size, (self.rank + 1) % self.size}
-        if peer == self.rank:
-            raise ValueError(f"Rank {self.rank} cannot {what} itself.")
-        if reach == "none":
-            raise ValueError(f"{self.backend} cannot {what} a rank; use a ring or MPI group.")
-        if reach == "neighbours" and peer not in near:
-            raise ValueError(
-                f"Rank {self.rank} of {self.size} cannot {what} rank {peer} over {self.backend}: "
-                f"it reaches ranks {sorted(near)} only. Split a group in which they are neighbours."
-            )
+    def _check_reach(self, peer: int, what: str) -> None:
+        check_reach(self.rank, peer, self.size, self.capabilities, self.backend, what)
 
 
 def solo() -> Group:
     """A group of one rank, made without starting any backend."""
     return Group(None, "none")
-
-
-def _checked_axis(x: mx.array, axis: int) -> int:
-    dims = max(x.ndim, 1)
-    if not -dims <= axis < dims:
-        raise ValueError(f"axis is {axis}; an array of shape {x.shape} has axes 0 to {dims - 1}.")
-    return axis % dims

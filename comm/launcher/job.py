@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from comm.launcher.cuda import num_gpus
+from comm.launcher.cuda import visible_gpus
 from comm.launcher.hostfile import LOCAL, Host, HostList, check_hosts, check_rdma, names_every_device, read_hostfile
 from comm.rendezvous import MEETING_PORT
 
@@ -77,7 +77,7 @@ def make_hosts(num_ranks: int | None, hosts: str | None, hostfile: str | None, b
 def default_backend(hosts: HostList) -> str:
     """NCCL where each rank on this host can have a GPU of its own and there are no others, else ring."""
     alone = all(host.is_local for host in hosts.hosts)
-    return "nccl" if alone and 1 < len(hosts.hosts) <= num_gpus() else "ring"
+    return "nccl" if alone and 1 < len(hosts.hosts) <= len(visible_gpus(os.environ)) else "ring"
 
 
 def ssh_words(command: str, timeout_seconds: float) -> list[str]:
@@ -171,16 +171,16 @@ def make_orders(
             shared["MLX_WORLD_SIZE"] = str(num_ranks)
             shared["NCCL_HOST_IP"], shared["NCCL_PORT"] = extra[0].split(":")
     orders = []
-    gpus_here = num_gpus()
+    gpus_here = visible_gpus(os.environ)
     for rank, host in enumerate(job.hosts.hosts):
         variables = dict(shared)
         if num_ranks > 1:
             variables["MLX_RANK"] = str(rank)
         number_here = [other.ssh for other in job.hosts.hosts[:rank]].count(host.ssh)
-        if job.backend == "nccl":
+        if host.is_local and num_ranks > 1 and gpus_here:
+            variables["CUDA_VISIBLE_DEVICES"] = gpus_here[number_here % len(gpus_here)]
+        elif job.backend == "nccl":
             variables["CUDA_VISIBLE_DEVICES"] = str(number_here)
-        elif host.is_local and num_ranks > 1 and gpus_here > 1:
-            variables["CUDA_VISIBLE_DEVICES"] = str(number_here % gpus_here)
         orders.append({
             "command": job.command, "cwd": job.cwd, "variables": variables, "files": files,
             "delay_seconds": HEAD_START_SECONDS if 0 < rank == num_ranks - 1 else 0.0,

@@ -269,15 +269,16 @@ def test_ranks_on_a_host_with_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """Catches local ranks that all compute on the first GPU, over TCP."""
     (tmp_path / "0000:01:00.0").mkdir()
     (tmp_path / "0000:02:00.0").mkdir()
-    assert cuda.num_gpus(str(tmp_path)) == 0, "MLX's CUDA build is not installed here"
+    assert cuda.visible_gpus({}, str(tmp_path)) == [], "MLX's CUDA build is not installed here"
     monkeypatch.setattr(cuda, "_is_installed", lambda name: name == "mlx-cuda-13")
-    assert cuda.num_gpus(str(tmp_path)) == 2 and cuda.num_gpus(str(tmp_path / "none")) == 0
-    monkeypatch.setattr(job, "num_gpus", lambda: 2)
+    assert cuda.visible_gpus({}, str(tmp_path)) == ["0", "1"] and cuda.visible_gpus({}, str(tmp_path / "none")) == []
+    assert cuda.visible_gpus({"CUDA_VISIBLE_DEVICES": "3,5"}, str(tmp_path)) == ["3", "5"]
+    monkeypatch.setattr(job, "visible_gpus", lambda environ: ["3", "5"])
     backends = {n: make_hosts(n, None, None, None).backend for n in (1, 2, 3)}
     assert backends == {1: "ring", 2: "nccl", 3: "ring"}
     assert make_hosts(2, None, None, "ring").backend == make_hosts(1, "a,b", None, None).backend == "ring"
     greetings = [{"ring": ["127.0.0.1:1"], "control": "127.0.0.1", "extra": ["127.0.0.1:2"]}] * 3
-    for carrier, devices in (("nccl", ["0", "1", "2"]), ("ring", ["0", "1", "0"])):
+    for carrier, devices in (("nccl", ["3", "5", "3"]), ("ring", ["3", "5", "3"])):
         orders = make_orders(Job(("true",), make_hosts(3, None, None, carrier), carrier), greetings, "secret")
         assert [order["variables"]["CUDA_VISIBLE_DEVICES"] for order in orders] == devices
 

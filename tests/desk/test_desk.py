@@ -103,7 +103,8 @@ def test_meshes_train_as_one_machine_does(make_desk: Callable[..., Desk], tmp_pa
         "trainer", str(ROOT / "recipes" / "quickstart.yaml"), "max_steps=2", "logging.every=1", "global_batch_size=8",
         "batch_size_per_device=1", "optimizer.name=adamw", "eval.generate=0", "eval.exact_match=false",
     ]  # fmt: skip
-    job = launch(make_desk(4, cables), tmp_path, "-m", *recipe, setting, f"output_dir={tmp_path}/desk")
+    words = ("-m", *recipe, setting, f"output_dir={tmp_path}/desk")
+    job = launch(make_desk(4, cables), tmp_path, *words, seconds=TIMEOUT_SECONDS if cables < 2 else 60)
     output, _ = job.communicate(timeout=300)
     assert job.returncode == 0, output
     subprocess.run([sys.executable, "-m", *recipe, f"output_dir={tmp_path}/alone"], cwd=ROOT, check=True, timeout=300)

@@ -85,6 +85,8 @@ def open_tokenizer(config: ModelConfig, texts: Any) -> TokenizerWrapper:
 def open_model(config: ModelConfig, vocab_size: int, seed: int) -> BaseModel:
     """Read (lazily) or initialise the base model, in the recipe's dtype and quantization.
 
+    All of that is the CPU's work, as a GPU that waits for a slow disk is ended after some seconds.
+
     Args:
         config: The recipe's `model:`.
         vocab_size: The tokenizer's size; a random start without `vocab_size` in its config takes it.
@@ -96,11 +98,14 @@ def open_model(config: ModelConfig, vocab_size: int, seed: int) -> BaseModel:
     if config.config is not None:
         base = _random_model(dict(config.config), vocab_size, seed)
     else:
-        base = _read_model(config)
+        with mx.stream(mx.cpu):
+            base = _read_model(config)
     _check_vocabulary(base, vocab_size)
-    _cast(base.model, model_dtype(config.dtype))
-    if config.quantize is not None:
-        return BaseModel(*quantize_model(base.model, base.config, config.quantize.group_size, config.quantize.bits))
+    dtype = model_dtype(config.dtype)
+    with mx.stream(mx.cpu):
+        _cast(base.model, dtype)
+        if config.quantize is not None:
+            return BaseModel(*quantize_model(base.model, base.config, config.quantize.group_size, config.quantize.bits))
     return base
 
 

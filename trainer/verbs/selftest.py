@@ -15,6 +15,7 @@ from trainer.selftest.models import model_checks
 from trainer.selftest.operations import has_reduced_products, operation_checks
 from trainer.selftest.outcome import Outcome, outcomes
 from trainer.selftest.report import as_json, heading, line_of, summary
+from trainer.selftest.speed import speed_checks
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -31,6 +32,7 @@ def main(arguments: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="selftest-") as folder:
         checks = [
             *operation_checks(),
+            *speed_checks(),
             *model_checks(Path(folder), has_reduced_products()),
             *rank_checks(world, Path(folder)),
         ]

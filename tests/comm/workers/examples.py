@@ -9,7 +9,7 @@ import comm
 from comm.group import Group
 
 group = comm.init()
-names = ["all_sum", "all_max", "all_min", "all_gather", "reduce_scatter", "broadcast", "send"]
+names = ["all_sum", "all_max", "all_gather", "reduce_scatter", "broadcast", "send"]
 wrong = 0
 for name in names:
     examples = doctest.DocTestParser().get_doctest(
