@@ -19,11 +19,11 @@ def check_reach(rank: int, peer: int, size: int, capabilities: Capabilities, bac
     """Refuse a message that the backend cannot carry.
 
     Args:
-        rank, peer: This rank and the other.
-        size: Ranks of the group.
-        capabilities: Of the backend.
-        backend: Its name, for the message.
-        what: "send to" or "receive from".
+        rank, peer: The numbers of this rank and the other.
+        size: The number of ranks in the group.
+        capabilities: What the backend can carry.
+        backend: The backend's name, for the message.
+        what: What is tried, "send to" or "receive from".
 
     Raises:
         ValueError: There is no such rank, it is this one, or it is out of reach.

@@ -29,7 +29,7 @@ class Rendezvous:
     Attributes:
         rank: This rank's number.
         addresses: An address of each rank that all hosts reach.
-        port: Of rank 0.
+        port: The port of rank 0.
         secret: The job's secret.
     """
 

@@ -22,7 +22,7 @@ def swapped(slots: Sequence[Slot], arrays: Iterable[mx.array]) -> Iterator[None]
     With its own arrays it takes back only what others put there, such as a trace of `nn.value_and_grad`.
 
     Args:
-        slots: From `slots_of`.
+        slots: The places, from `slots_of`.
         arrays: As many as there are slots.
     """
     own = [module[name] for module, name in slots]

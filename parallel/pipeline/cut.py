@@ -94,7 +94,7 @@ def cut_model(model: nn.Module, own: range, num_layers: int) -> Passage:
     """Drop in place what other stages have; evaluates nothing.
 
     Args:
-        model: Checked by `check_stages`.
+        model: A model that `check_stages` has passed.
         own: Numbers of the layers that stay.
         num_layers: How many layers the whole model has.
 
