@@ -141,7 +141,7 @@ class DataConfig:
         "auto", "How a row reads: auto looks for messages, prompt + completion, instruction or text columns."
     )
     max_seq_len: int = setting(
-        2048, "Longer rows are cut: less memory, less context.", minimum=2,
+        2048, "Longer rows are cut: less memory, less context.", minimum=2, maximum=2**24,
         also=("max_seq_length", "max_length", "sequence_len", "cutoff_len"),
     )
     packing: Literal["auto"] | bool = setting(

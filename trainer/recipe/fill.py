@@ -85,7 +85,7 @@ def describe(kind: Any, metadata: Mapping[str, Any], plural: bool = False) -> st
 
 
 def _describe_scalar(kind: Any, metadata: Mapping[str, Any], plural: bool) -> str:
-    bounds = " and ".join(f"{sign} {metadata[name]:g}" for name, sign in _BOUNDS.items() if name in metadata)
+    bounds = " and ".join(f"{sign} {_number(metadata[name])}" for name, sign in _BOUNDS.items() if name in metadata)
     if kind is str and metadata.get("words") and not plural:
         return listing([*metadata["words"], "text"])
     if kind in (int, float):
@@ -217,3 +217,8 @@ def _read_text(value: Any, words: tuple[str, ...]) -> Any:
         return _REFUSED
     near_miss = value not in words and nearest(value, words, cutoff=0.8)
     return _REFUSED if near_miss else value
+
+
+def _number(value: float) -> str:
+    """A whole number in full, another one short."""
+    return str(value) if isinstance(value, int) else f"{value:g}"

@@ -331,3 +331,12 @@ def test_a_state_of_another_shape(tmp_path: Path, content: str) -> None:
     (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="state.json is not as written"):
         open_checkpoint(path)
+
+
+def test_a_file_of_another_size_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches minutes of hashing for a file whose size alone says that it is not the one that was written."""
+    path = save(CheckpointFolder(tmp_path, None), 1)
+    with open(path / "weights.safetensors", "ab") as file:
+        file.truncate(60 * 2**30)  # takes no room
+    with pytest.raises(CheckpointError, match="weights.safetensors has 64424509440 bytes"):
+        open_checkpoint(path)

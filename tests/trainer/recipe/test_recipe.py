@@ -262,3 +262,9 @@ def test_whole_numbers_become_what_their_key_holds():
     """A whole number that stays one where MLX takes a float, and digits of a large one that a float rounds away."""
     recipe = recipe_from(GOOD | {"optimizer": {"lr": 10**30}, "seed": 2**63 - 1})
     assert recipe.optimizer.lr == 1e30 and type(recipe.optimizer.lr) is float and recipe.seed == 2**63 - 1
+
+
+def test_rows_have_a_longest_length():
+    """A length from which short rows, padded to a 256th of it, would fill the memory."""
+    assert recipe_from(GOOD | {"data": GOOD["data"] | {"max_seq_len": 2**24}}).data.max_seq_len == 2**24
+    assert "<= 16777216" in problems_of({"data": {"max_seq_len": 3_000_000_000}})["data.max_seq_len"]
