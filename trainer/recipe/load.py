@@ -14,6 +14,7 @@ from typing import Any, cast
 from trainer.nearest import nearest
 from trainer.recipe.config import Recipe
 from trainer.recipe.fill import fill, walk
+from trainer.recipe.interpolation import LONGEST, too_long
 from trainer.recipe.paths import found_beside
 from trainer.recipe.problems import Problem, RecipeError
 from trainer.recipe.rules import check
@@ -52,6 +53,9 @@ def load_recipe(source: str | Path | dict[str, Any] | Recipe, overrides: Sequenc
             raise RecipeError([Problem("", None, "a recipe is a map of keys to values")], str(path))
         for override in overrides:
             _apply(tree, override, problems)
+        if key := too_long(flattened(OmegaConf.to_container(tree, resolve=False))):
+            what = f"its references make it longer than {LONGEST:,} characters"
+            raise RecipeError([*problems, Problem("", None, f"{key}: {what}")], str(path))
         # A dictionary, as the tree is one; OmegaConf annotates what any tree gives.
         values = cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True, throw_on_missing=True))
     except (OmegaConfBaseException, YAMLError) as error:

@@ -268,3 +268,12 @@ def test_rows_have_a_longest_length():
     """A length from which short rows, padded to a 256th of it, would fill the memory."""
     assert recipe_from(GOOD | {"data": GOOD["data"] | {"max_seq_len": 2**24}}).data.max_seq_len == 2**24
     assert "<= 16777216" in problems_of({"data": {"max_seq_len": 3_000_000_000}})["data.max_seq_len"]
+
+
+def test_references_cannot_ask_for_gigabytes(tmp_path):
+    """Ten lines of which each names the one before ten times: half a minute, and then the end of the memory."""
+    levels = [f"a{n}: '{10 * f'${{a{n - 1}}}'}'" for n in range(1, 11)]
+    lines = ["a0: xxxxxxxxxx", *levels]
+    (tmp_path / "bomb.yaml").write_text("\n".join(lines))
+    with pytest.raises(RecipeError, match=r"problem\n  a5: its references make it longer than 1,048,576 characters"):
+        load_recipe(tmp_path / "bomb.yaml")
